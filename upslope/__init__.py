@@ -1,0 +1,1 @@
+"""Upslope: policy gradients from a gridworld to a language model."""

@@ -1,0 +1,1 @@
+"""Wing 2: deep agents on Gymnasium environments."""

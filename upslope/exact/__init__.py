@@ -1,0 +1,1 @@
+"""Wing 1: tabular MDPs, the ground truth."""

@@ -1,0 +1,1 @@
+"""Wing 3: post-training language models."""

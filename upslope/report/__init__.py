@@ -1,0 +1,1 @@
+"""Pictures of runs: learning curves, a page, a film."""

@@ -1,0 +1,1 @@
+"""What every training run needs and no formula does: directories, checkpoints, metrics, progress, randomness."""
