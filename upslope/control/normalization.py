@@ -32,7 +32,10 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("observation_clip", "reward_clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"normalization.{name} is {getattr(self, name)}, allowed: positive numbers")
+                raise ValueError(f"normalize.{name} is {getattr(self, name)}, allowed: positive numbers")
+
+
+_RETURN = "<return>"  # no key of a Dict observation
 
 
 class Normalizer(NamedTuple):
@@ -107,3 +110,18 @@ def rewards(
     scaled = raw / (discounted.variance() + 1e-8).sqrt()
     clipped = scaled.clamp(-config.reward_clip, config.reward_clip)
     return clipped, normalizer._replace(discounted=discounted, running=running)
+
+
+def pack(normalizer: Normalizer) -> dict[str, Tensor]:
+    """The statistics as tensors, for a checkpoint."""
+    tensors = {"normalizer.running": normalizer.running}
+    for name, moments in (*normalizer.observation.items(), (_RETURN, normalizer.discounted)):
+        tensors |= {f"normalizer.{name}.{field}": value for field, value in moments._asdict().items()}
+    return tensors
+
+
+def unpack(tensors: dict[str, Tensor], space: spaces.Space, config: Config) -> Normalizer:
+    """The statistics that `pack` put away."""
+    moments = lambda name: Moments(*(tensors[f"normalizer.{name}.{field}"] for field in Moments._fields))  # noqa: E731
+    names = start(space, 1, config).observation
+    return Normalizer({name: moments(name) for name in names}, moments(_RETURN), tensors["normalizer.running"])

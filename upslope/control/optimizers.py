@@ -134,3 +134,15 @@ def linear(initial: float, progress: float, anneal: bool) -> float:
     (0.75, 1.0)
     """
     return initial * max(0.0, 1.0 - progress) if anneal else initial
+
+
+def pack(state: State) -> dict[str, Tensor]:
+    """The memory as tensors, for a checkpoint."""
+    return {f"optimizer.{name}": torch.as_tensor(value) for name, value in state._asdict().items()}
+
+
+def unpack(optimizer: Optimizer, tensors: dict[str, Tensor]) -> State:
+    """The memory that `pack` put away."""
+    empty = optimizer.start(tensors["theta"])
+    fields = {name: tensors[f"optimizer.{name}"] for name in empty._fields}
+    return empty._replace(**{**fields, "step": int(fields["step"])})

@@ -11,7 +11,6 @@ from torch import Tensor
 from upslope.control import environments, normalization
 from upslope.control.networks import Observation, to_tensors
 from upslope.control.parameters import Net
-from upslope.core.statistics import Moments
 
 RECENT = 100  # finished episodes that the reported mean return covers
 
@@ -142,8 +141,16 @@ def flatten(rollout: Rollout, psi: Float[Tensor, "N T"], value_target: Float[Ten
     )  # fmt: skip
 
 
+def count(rollout: Rollout) -> int:
+    """Environment steps in a rollout; reset rows are none."""
+    return rollout.reward.numel() if rollout.valid is None else int(rollout.valid.sum())
+
+
 def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller."""
+    """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller.
+
+    One with fewer than two valid transitions has no spread to whiten by and is left out.
+    """
     total = batch.psi.shape[0]
     for _ in range(num_epochs):
         if size >= total:  # the whole batch is a sum over all rows, whatever their order
@@ -152,7 +159,20 @@ def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Gener
         order = torch.randperm(total, generator=generator)
         shuffled = _rows(batch, order)
         for first in range(0, total, size):
-            yield _rows(shuffled, slice(first, first + size))
+            minibatch = _rows(shuffled, slice(first, first + size))
+            count = minibatch.psi.shape[0] if minibatch.valid is None else int(minibatch.valid.sum())
+            if count >= 2:
+                yield minibatch
+
+
+def summary(world: World) -> dict[str, float | int | None]:
+    """What is reported of the last finished episodes; None before the first has finished."""
+    mean = world.recent.mean(0) if len(world.recent) else (None, None)
+    return {
+        "episodes": world.episodes,
+        "episode_return": None if mean[0] is None else float(mean[0]),
+        "episode_length": None if mean[1] is None else float(mean[1]),
+    }
 
 
 def pack(world: World) -> dict[str, Tensor]:
@@ -162,11 +182,7 @@ def pack(world: World) -> dict[str, Tensor]:
     tensors["episode_length"] = torch.from_numpy(world.episode_length.copy())
     tensors["recent"] = torch.from_numpy(world.recent.copy())
     tensors["episodes"] = torch.tensor(world.episodes)
-    tensors["normalizer.running"] = world.normalizer.running
-    for name, moments in (*world.normalizer.observation.items(), ("<return>", world.normalizer.discounted)):
-        for field, value in zip(Moments._fields, moments, strict=True):
-            tensors[f"normalizer.{name}.{field}"] = value
-    return tensors
+    return tensors | normalization.pack(world.normalizer)
 
 
 def unpack(
@@ -179,11 +195,7 @@ def unpack(
     """The world that `pack` put away: environments rebuilt, their episodes replayed."""
     start = {k.removeprefix("environments."): v.numpy() for k, v in tensors.items() if k.startswith("environments.")}
     envs, observation = environments.make(config, seed, first_index, start)
-    moments = lambda name: Moments(*(tensors[f"normalizer.{name}.{field}"] for field in Moments._fields))  # noqa: E731
-    empty = normalization.start(envs.observation_space, envs.num_envs, normalize)
-    normalizer = normalization.Normalizer(
-        {name: moments(name) for name in empty.observation}, moments("<return>"), tensors["normalizer.running"]
-    )
+    normalizer = normalization.unpack(tensors, envs.observation_space, normalize)
     return World(
         envs, observation, tensors["episode_return"].numpy(), tensors["episode_length"].numpy(),
         tensors["recent"].numpy(), int(tensors["episodes"]), normalizer,

@@ -1,5 +1,6 @@
 """Running mean and variance that merge exactly: what a normaliser remembers."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -75,3 +76,37 @@ def merge(one: Moments, other: Moments) -> Moments:
     share = other.count / count.clamp(min=1.0)
     shift = other.mean - one.mean
     return Moments(count, one.mean + shift * share, one.squares + other.squares + shift.square() * one.count * share)
+
+
+class RunningMean(NamedTuple):
+    """Plain means of named numbers over many updates: diagnostics of an epoch.
+
+    >>> RunningMean().add({"kl": 1.0}).add({"kl": 3.0}).means()
+    {'kl': 2.0}
+    """
+
+    count: int = 0
+    totals: tuple[tuple[str, float], ...] = ()
+
+    def add(self, numbers: Mapping[str, float | Tensor]) -> "RunningMean":
+        before = dict(self.totals)
+        return RunningMean(self.count + 1, tuple((k, before.get(k, 0.0) + float(v)) for k, v in numbers.items()))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.count for name, total in self.totals}
+
+
+def explained_variance(
+    values: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
+) -> float:
+    """1 - Var(target - value)/Var(target): 1 is a perfect critic, 0 one that knows the mean only, below 0 worse than that.
+
+    NaN where the targets do not vary.
+
+    >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    1.0
+    """
+    if mask is not None:
+        values, targets = values[mask], targets[mask]
+    spread = targets.var(correction=0)
+    return float(torch.where(spread > 0, 1 - (targets - values).var(correction=0) / spread, torch.nan))
