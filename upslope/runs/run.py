@@ -43,7 +43,7 @@ class Config:
             raise ValueError(f"threads is {self.threads}, allowed: 1 or more")
 
 
-Options = Annotated[Config, tyro.conf.arg(prefix_name=False)]  # on the command line: --seed, not --run.seed
+Options = Annotated[Config, tyro.conf.OmitArgPrefixes]  # on the command line: --seed, not --run.seed
 
 
 class Run:
