@@ -70,7 +70,8 @@ class Agent(NamedTuple):
         share = np.array([episodes // count + (i < episodes % count) for i in range(count)])
         played, total, length = np.zeros(count, int), np.zeros(count), np.zeros(count, int)
         returns, lengths = [], []
-        head, random = self.net.module.policy, generator(seed, "evaluate", "noise")
+        head: networks.Head = self.net.module.policy  # type: ignore[assignment]
+        random = generator(seed, "evaluate", "noise")
         while (played < share).any():
             noise = None if deterministic else head.noise((count, *head.noise_shape), random)
             step = envs.step(self.act(observation, noise))

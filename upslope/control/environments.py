@@ -1,7 +1,7 @@
 """Vectors of Gymnasium environments behind one interface, whatever their autoreset mode.
 
-`terminated` and `truncated` never merge, `next_observation` is the true successor even where an episode ended, and reset
-rows of NEXT_STEP environments come with `valid = False`.
+`terminated` and `truncated` never merge, `next_observation` is the true successor even where an episode ended, and
+reset rows of NEXT_STEP environments come with `valid = False`.
 """
 
 import difflib
@@ -30,7 +30,7 @@ Observation = np.ndarray | dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Atari:
-    """The nine Atari details of the "37 details" list that belong to the environment (Machado et al. 2018; Mnih et al. 2015)."""
+    """The Atari details of the "37 details" list that belong to the environment (Mnih et al. 2015)."""
 
     noop_max: int = 30  # random no-ops at reset, drawn by the episode's seed
     frame_skip: int = 4  # frames an action is repeated, the last two max-pooled
@@ -155,7 +155,11 @@ def preprocess_atari(env: gym.Env, config: Atari) -> gym.Env:
 
 
 def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
-    """A batch of policy outputs as actions of the space: boxes clipped to their bounds, shapes and types as declared."""
+    """A batch of policy outputs as actions of the space: boxes clipped to their bounds, shapes and types as declared.
+
+    >>> to_space(spaces.Box(-1.0, 1.0, (1,)), np.array([[3.0]])).tolist()
+    [[1.0]]
+    """
     if isinstance(space, spaces.Box):
         clipped = np.clip(action, space.low.reshape(-1), space.high.reshape(-1))
         return clipped.astype(space.dtype, copy=False).reshape(-1, *space.shape)
@@ -167,7 +171,7 @@ def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
 
 
 class Environments:
-    """N environments that step together. Made by `make`; `snapshot` and `make(..., start=...)` carry it across a kill."""
+    """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
     def __init__(self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool) -> None:
         self.config, self.envs, self.seed, self.native, self.exact = config, envs, seed, native, exact
@@ -230,8 +234,9 @@ class Environments:
         what, index = bad
         at = f"its reset seed {episodes.episode_seed(self.seed, index, int(self.episode[index]))}"
         raise ValueError(
-            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step {int(self.length[index]) + 1} "
-            f"of its episode {int(self.episode[index])} ({'run seed ' + str(self.seed) if self.native else at}); "
+            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
+            f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
+            f"({'run seed ' + str(self.seed) if self.native else at}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
@@ -240,7 +245,7 @@ class Environments:
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
         if self.native:
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
-        shots = self.envs.call("snapshot")
+        shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
         flat = [action for shot in shots for action in shot.actions]
         actions = np.stack(flat) if flat else np.zeros((0,))
@@ -330,7 +335,7 @@ def _place(observation: Observation, final: np.ndarray, ended: np.ndarray) -> Ob
     """The batch of successors: the final observation where an episode ended, the observation elsewhere."""
     if isinstance(observation, dict):
         return {
-            key: _place(value, np.array([None if f is None else f[key] for f in final], dtype=object), ended)  # type: ignore
+            key: _place(value, np.array([None if f is None else f[key] for f in final], dtype=object), ended)
             for key, value in observation.items()
         }
     successor = observation.copy()

@@ -1,8 +1,8 @@
-"""Observation and reward normalisation whose statistics are data in the checkpoint, frozen while a rollout is collected.
+"""Observation and reward normalisation; the statistics are data in the checkpoint, frozen while a rollout is collected.
 
-Observations are scaled by statistics of the rollouts before this one, so the policy that is updated saw exactly what the
-policy that acted saw (the ratio is 1 on the first minibatch). Rewards are scaled after collection, by statistics that
-include the rollout itself.
+Observations are scaled by statistics of the rollouts before this one, so the policy that is updated sees exactly what
+the policy that acted saw (the ratio is 1 on the first minibatch). Rewards are scaled after collection, by statistics
+that include the rollout itself.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _RETURN = "<return>"  # no key of a Dict observation
 
 
 class Normalizer(NamedTuple):
-    """Statistics: one `Moments` per normalised observation part, one for returns, and each environment's running return."""
+    """One `Moments` per normalised part of the observation, one for returns, each environment's running return."""
 
     observation: dict[str, Moments]  # "" for an observation that is not a Dict
     discounted: Moments

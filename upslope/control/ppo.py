@@ -30,7 +30,7 @@ from upslope.runs.run import Run
 
 @dataclass(frozen=True)
 class PPO:
-    """What is PPO's own; what every algorithm shares (environment, network, normalisation, optimiser, run) is nested."""
+    """What is PPO's own; what every algorithm shares (environment, network, …, run) is nested."""
 
     environment: environments.Config = field(default_factory=environments.Config)
     network: networks.Config = field(default_factory=networks.Config)
@@ -62,8 +62,8 @@ class PPO:
         rows = self.rollout_length * self.environment.num_envs
         if self.minibatch_size > rows:
             raise ValueError(
-                f"minibatch_size is {self.minibatch_size}, but a rollout has only rollout_length {self.rollout_length} × "
-                f"num_envs {self.environment.num_envs} = {rows} transitions"
+                f"minibatch_size is {self.minibatch_size}, but a rollout has only rollout_length "
+                f"{self.rollout_length} × num_envs {self.environment.num_envs} = {rows} transitions"
             )
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
@@ -126,7 +126,7 @@ def update(
 
 
 def train(config: PPO, session: Run | None = None) -> Agent:
-    """Train and return the agent. `session` is the run to write to, or to go on with; by default `config.run` names it."""
+    """Train and return the agent. `session` is the run to write to or to go on with, by default `config.run`'s."""
     with session or Run("ppo", config, config.total_steps) as session:
         state, net = start(config, session)
         while state.step < config.total_steps:
@@ -173,7 +173,7 @@ def start(config: PPO, session: Run) -> tuple[State, Net]:
     theta = net.bind(net.initial() if saved is None else saved["theta"])
     if saved is None:
         return State(theta, config.optimizer.start(theta), world, 0, 0), net
-    memory = optimizers.unpack(config.optimizer, saved)
+    memory = optimizers.unpack(saved)
     return State(theta, memory, world, int(saved["iteration"]), int(saved["step"])), net
 
 

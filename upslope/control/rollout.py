@@ -1,4 +1,4 @@
-"""Collecting rollouts: T steps of N environments under the current policy, and the state of the world between rollouts."""
+"""Collecting rollouts: T steps of N environments under the current policy, and the world between rollouts."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upslope.control import environments, normalization
-from upslope.control.networks import Observation, to_tensors
+from upslope.control.networks import Head, Observation, to_tensors
 from upslope.control.parameters import Net
 
 RECENT = 100  # finished episodes that the reported mean return covers
@@ -121,8 +121,7 @@ def collect(
     next_value = torch.cat([value[:, 1:], last.unsqueeze(1)], 1)
     for t, cut, successor in finals:  # the row after these belongs to another episode
         final = normalization.observation(statistics, to_tensors(successor), normalize)
-        cut = torch.from_numpy(cut)
-        next_value[:, t] = torch.where(cut, net(theta, final)[1], next_value[:, t])
+        next_value[:, t] = torch.where(torch.from_numpy(cut), net(theta, final)[1], next_value[:, t])
     scaled, statistics = normalization.rewards(statistics, reward, ended, valid, gamma, normalize)
     if statistics.observation:
         statistics = normalization.observe(statistics, _stack(raws), valid)
@@ -133,10 +132,9 @@ def collect(
 
 def flatten(rollout: Rollout, psi: Float[Tensor, "N T"], value_target: Float[Tensor, "N T"]) -> Batch:
     """The rollout's transitions as one batch of N·T rows."""
-    merge = lambda x: {k: v.flatten(0, 1) for k, v in x.items()} if isinstance(x, dict) else x.flatten(0, 1)  # noqa: E731
     valid = None if rollout.valid is None else rollout.valid.flatten()
     return Batch(
-        merge(rollout.observation), merge(rollout.action), rollout.logp.flatten(), rollout.value.flatten(),
+        _merge(rollout.observation), rollout.action.flatten(0, 1), rollout.logp.flatten(), rollout.value.flatten(),
         psi.flatten(), value_target.flatten(), valid,
     )  # fmt: skip
 
@@ -203,13 +201,19 @@ def unpack(
 
 
 def _noise(net: Net, n: int, length: int, generator: torch.Generator, interval: int) -> Any:
-    head = net.module.policy
+    head: Head = net.module.policy  # type: ignore[assignment]
     if not head.state_dependent:
         block = head.noise((length, n, *head.noise_shape), generator)
         return lambda t: block[t]
     interval = interval if interval > 0 else length
     matrices = [head.noise((n, *head.noise_shape), generator) for _ in range(0, length, interval)]
     return lambda t: matrices[t // interval]
+
+
+def _merge(observation: Observation) -> Observation:
+    if isinstance(observation, dict):
+        return {key: part.flatten(0, 1) for key, part in observation.items()}
+    return observation.flatten(0, 1)
 
 
 def _stack(parts: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Data-parallel training: which rank this is, and how gradients are averaged. Alone, everything here is the identity."""
+"""Data-parallel training: which rank this is, how gradients are averaged. Alone, everything here is the identity."""
 
 import os
 

@@ -11,7 +11,7 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` and a TensorBoard event file. Both are cut back to a checkpoint's offsets on resume."""
+    """Appends to `metrics.jsonl` and a TensorBoard event file; a resume cuts both back to its checkpoint."""
 
     def __init__(self, directory: Path, offsets: dict[str, int] | None = None) -> None:
         self.directory = directory

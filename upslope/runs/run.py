@@ -80,7 +80,7 @@ class Run:
         return run
 
     def _open(self, algorithm: str, total_steps: int) -> None:
-        state = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
+        state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
@@ -184,7 +184,7 @@ def from_json(kind: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        named = [a for a in arguments if dataclasses.is_dataclass(a) and a.__name__ == _type(value)]
+        named = [a for a in arguments if dataclasses.is_dataclass(a) and getattr(a, "__name__", None) == _type(value)]
         plain = [a for a in arguments if a is not type(None)]
         return from_json((named or plain)[0], value)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -219,7 +219,8 @@ def _type(value: Any) -> str | None:
 def _create(directory: Path, algorithm: str, config: Any) -> None:
     if (directory / CONFIG).exists() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(
-            f"run_dir {directory} exists already; go on with it (upslope resume {directory}) or name another (--run-dir)"
+            f"run_dir {directory} exists already; go on with it (upslope resume {directory}) "
+            "or name another (--run-dir)"
         )
     directory.mkdir(parents=True, exist_ok=True)
     described = {"algorithm": algorithm, "config": to_json(config), "versions": versions()}
