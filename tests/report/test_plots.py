@@ -76,6 +76,8 @@ def test_one_sample_never_counts_twice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="same sample"):
         compare([a, tmp_path / "copy" / ".." / "a"], tmp_path / "curves.png")
     assert len(compare([a, copy], tmp_path / "curves.png", labels=["before", "after"])) == 2  # two curves, one each
+    again = write_run(tmp_path / "again", straight(2))  # equal settings, other numbers: asynchronous, so a new sample
+    assert compare([a, again], tmp_path / "curves.png")[0].seeds == 2
     other = write_run(tmp_path / "other", straight(1), seed=1)  # solved alike by another seed
     assert compare([a, other], tmp_path / "curves.png")[0].seeds == 2
 
