@@ -17,7 +17,13 @@ def write_run(
     **settings: Any,
 ) -> Path:
     path.mkdir(parents=True)
-    config = {"environment": {"id": environment}, "seed": seed, "total_steps": 1000, **settings}
+    config = {
+        "type": "PPO",
+        "environment": {"type": "Config", "id": environment},
+        "run": {"type": "Config", "seed": seed, "run_dir": str(path)},
+        "total_steps": 1000,
+        **settings,
+    }
     document = {"algorithm": algorithm, "config": config, "versions": {"python": "3.11.9"}}
     (path / "config.json").write_text(json.dumps(document))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

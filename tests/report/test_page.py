@@ -84,6 +84,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "0:01:20",
         "391.5",
         "environment.id",
+        "seed 4 ·",
         "3.11.9",
         "step 1,000",
     ):
@@ -150,7 +151,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a&b <i>", rows, algorithm=evil, environment=evil, summary={evil: evil}, **settings)
     document = json.loads((run / "config.json").read_text())
     document |= {"versions": {evil: evil}, "note": evil}
-    document["config"] |= {"seed": evil, "total_steps": evil}
+    document["config"] |= {"run": {"seed": evil}, "total_steps": evil}
     (run / "config.json").write_text(json.dumps(document))
     reader = read(write_page(run))
     assert not {"script", "img", "i"} & set(reader.tags)

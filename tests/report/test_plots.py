@@ -45,6 +45,12 @@ def test_settings_that_differ_are_never_averaged(tmp_path: Path) -> None:
     ]
 
 
+def test_another_kind_of_optimiser_is_named_by_its_field(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / kind, straight(1), optimizer={"type": kind}) for kind in ("Adam", "SGD")]
+    labels = [outcome.label for outcome in compare(runs, tmp_path / "curves.png")]
+    assert labels == ["ppo, optimizer=Adam", "ppo, optimizer=SGD"]
+
+
 def test_methods_and_environments_are_kept_apart(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a", straight(1), algorithm="a2c", gae_lambda=1.0),

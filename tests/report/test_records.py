@@ -16,7 +16,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         (path / "checkpoints" / step / "theta.safetensors").write_bytes(bytes(12))
     (path / "checkpoints" / ".1100.tmp").mkdir()
     record = read_run(path)
-    assert (record.algorithm, record.environment, record.config["seed"]) == ("ppo", "CartPole-v1", 3)
+    assert (record.algorithm, record.environment, record.seed) == ("ppo", "CartPole-v1", 3)
     assert record.metrics == ({"step": 8.0, "seconds": 0.5, "entropy": 0.6}, {"step": 16.0, "kl": 0.01})
     assert record.summary == {"mean_return": 200.0}
     assert record.checkpoints == ((900, 12), (1000, 12))  # by number, not by name
@@ -70,7 +70,7 @@ def test_damage_is_named_with_file_and_line(tmp_path: Path, line: str, message: 
 
 
 def test_a_missing_run_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(ValueError) as caught:
         read_run(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere" / "config.json") in str(caught.value)
 

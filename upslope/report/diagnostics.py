@@ -59,7 +59,7 @@ MEANINGS: Mapping[str, Meaning] = {
         "than one.",
         (0.0,),
     ),
-    "gradient_norm": Meaning("Gradient norm", "‖g‖", "Euclidean norm of the gradient before it is clipped."),
+    "grad_norm": Meaning("Gradient norm", "‖g‖", "Euclidean norm of the gradient before it is clipped."),
     "learning_rate": Meaning("Learning rate", "", "Step size of the optimiser, after its schedule."),
     "steps_per_second": Meaning("Speed", "steps/s", "Environment steps per second, updates included."),
     "episodes": Meaning("Episodes", "count", "Episodes finished since the start."),

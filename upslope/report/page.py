@@ -69,8 +69,7 @@ def header(record: Record, title: str) -> str:
         if record.summary is not None
         else "not finished: still running, or stopped; <code>upslope resume</code> continues it"
     )
-    seed = record.config.get("seed")
-    start = f"seed {escape(str(seed))} · " if seed is not None else ""
+    start = f"seed {escape(str(record.seed))} · " if record.seed is not None else ""
     return (
         f'<header><h1>{escape(title)}</h1>\n<p class="faint">{start}{state} · {escape(str(record.path))}</p></header>'
     )

@@ -108,8 +108,8 @@ def compare(
     that differ become part of the label. `labels`, one for each directory, group them by your own names instead.
     `thresholds`: environment id → value.
 
-    Raises FileNotFoundError for what is no run directory; ValueError for damaged files, for a metric that a run does
-    not have, for one sample given twice, and for an unknown suffix.
+    Raises ValueError for what is no run directory, for damaged files, for a metric that a run does not have, for one
+    sample given twice, and for an unknown suffix.
     """
     out = checked_suffix(Path(out))
     if not run_dirs:
@@ -221,24 +221,25 @@ def seeds_of(group: Sequence[Record], metric: str) -> list[Series]:
     told = [metric_of(record, metric) for record in group]
     for (one, a), (two, b) in combinations(zip(group, told, strict=True), 2):
         same_numbers = len(a.steps) > 1 and np.array_equal(a.steps, b.steps) and np.array_equal(a.values, b.values)
-        if one.path.resolve() == two.path.resolve() or (same_numbers and settings(one) == settings(two)):
+        if one.path.resolve() == two.path.resolve() or (
+            same_numbers and one.seed == two.seed and settings(one) == settings(two)
+        ):
             raise ValueError(f"{one.path} and {two.path} are the same sample; give each seed once")
     return told
 
 
 def settings(record: Record) -> dict[str, str]:
-    """What was chosen, seed included, as comparable text."""
-    flat = flatten(record.config)
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat.items()}
+    """What was chosen, as comparable text: without the seed and without how the run was kept (directory, display)."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in flatten(record.config).items()
+        if name not in {"seed", "run_dir"} and name.split(".")[0] != "run"
+    }
 
 
 def settings_labels(records: Sequence[Record]) -> list[str]:
-    """The algorithm, and whatever else differs between runs of the same algorithm and environment but for the seed."""
-    apart = {"seed", "run_dir"}
-    chosen = [
-        {name: value for name, value in settings(record).items() if name.rsplit(".", 1)[-1] not in apart}
-        for record in records
-    ]
+    """The algorithm, and whatever else differs between runs of the same algorithm and environment."""
+    chosen = [settings(record) for record in records]
     labels = []
     for record, own in zip(records, chosen, strict=True):
         peers = [

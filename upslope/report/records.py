@@ -45,15 +45,21 @@ class Record(NamedTuple):
         nested = self.config.get("environment")
         return str(nested.get("id", "")) if isinstance(nested, Mapping) else str(nested or "")
 
+    @property
+    def seed(self) -> Any:
+        """The run's seed; None where the settings name none."""
+        flat = flatten(self.config)
+        return flat.get("run.seed", flat.get("seed"))
+
 
 def read_run(path: Path | str) -> Record:
     """Read a run directory.
 
-    Raises FileNotFoundError when `config.json` is missing, ValueError (naming file and line) when a file is damaged.
+    Raises ValueError, naming file and line, when `config.json` is missing or a file is damaged.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is not a run directory: {path / 'config.json'} does not exist")
+        raise ValueError(f"{path} is not a run directory: {path / 'config.json'} does not exist")
     document = read_object(path / "config.json")
     known = {"algorithm", "config", "versions"}
     for name in ("config", "versions"):
@@ -149,15 +155,15 @@ def names(metrics: Iterable[Row]) -> tuple[str, ...]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names.
+    """Nested settings under dotted names; the "type" of a nested object is the value of the object itself.
 
-    >>> flatten({"seed": 3, "environment": {"id": "CartPole-v1", "wrappers": []}})
-    {'seed': 3, 'environment.id': 'CartPole-v1', 'environment.wrappers': []}
+    >>> flatten({"gamma": 0.99, "optimizer": {"type": "Adam", "epsilon": 1e-05}})
+    {'gamma': 0.99, 'optimizer': 'Adam', 'optimizer.epsilon': 1e-05}
     """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[prefix.removesuffix(".") if prefix and name == "type" else f"{prefix}{name}"] = value
     return flat
