@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 
 class Psi(NamedTuple):
-    """A weight Psi_t. `unbiased`: E[sum_t gamma^t Psi_t grad log pi] = grad J with the true values where it needs any."""
+    """A weight Psi_t. `unbiased`: with true values where it needs any, E[sum_t gamma^t Psi_t grad log pi] = grad J."""
 
     name: str
     function: str

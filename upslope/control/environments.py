@@ -91,9 +91,7 @@ class Single:
         try:
             env = gym.make(self.config.id, render_mode=self.render_mode, disable_env_checker=True, **kwargs)
         except gym.error.DependencyNotInstalled as error:
-            raise ValueError(
-                f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
-            ) from error
+            raise ValueError(f"environment.id {self.config.id!r} needs a package that is not installed: {error}") from error
         return preprocess_atari(env, self.config.atari) if self.config.atari else env
 
 
@@ -103,18 +101,14 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
         try:
             import ale_py
         except ImportError as error:
-            raise ValueError(
-                f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
-            ) from error
+            raise ValueError(f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'") from error
         gym.register_envs(ale_py)
     try:
         return gym.spec(environment_id)
     except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(environment_id, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(
-            f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}"
-        ) from error
+        raise ValueError(f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}") from error
 
 
 class FireReset(gym.Wrapper):
@@ -193,9 +187,7 @@ class Environments:
                 self._refuse_non_finite(next_observation, None)
             elif self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
-                infos = (
-                    {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
-                )
+                infos = {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
                 self._refuse_non_finite(observation, None)
             self.episode = self.episode + ended
             self.length[ended] = 0
@@ -279,9 +271,7 @@ def make(
         check = episodes.replay_check(factory)
         exact = check.exact
         if not exact:
-            log.warning(
-                "%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id
-            )
+            log.warning("%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id)
         shots = _snapshots(config.num_envs, start)
         starts = [episodes.EpisodeStarts(factory, seed, first_index + i, check.fresh, s) for i, s in enumerate(shots)]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]

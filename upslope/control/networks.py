@@ -16,13 +16,7 @@ from upslope.core.distributions import Distribution
 
 Observation = Tensor | dict[str, Tensor]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 @dataclass(frozen=True)
@@ -232,7 +226,9 @@ def _torso(space: spaces.Space, config: Config) -> tuple[nn.Module, nn.Sequentia
     return encode, mlp(encode.size, config.hidden, config.activation, config.orthogonal)  # type: ignore[arg-type]
 
 
-def actor_critic(observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int) -> ActorCritic:
+def actor_critic(
+    observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int
+) -> ActorCritic:
     """An `ActorCritic` whose initial weights are a function of the seed alone; no global random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
