@@ -19,6 +19,20 @@ from upslope.core._scan import scan
 from upslope.core.returns import n_step_return, return_to_go
 
 
+def advantage(q: Float[Tensor, "*shape"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Advantage: A(s, a) = Q(s, a) - V(s), from a critic that has both.
+
+    Source: S4 2.3.1; S3 7.4.2. Units: those of the rewards. Raises: ValueError on shapes that differ, NaN or infinity.
+
+    >>> advantage(torch.tensor([3.0]), torch.tensor([2.0]))
+    tensor([1.])
+    """
+    check.floats(0, q=q, values=values)
+    difference = q - values
+    check.finite(difference, q=q, values=values)
+    return difference
+
+
 def td_residual(
     rewards: Float[Tensor, "*batch time"],
     values: Float[Tensor, "*batch time"],
@@ -63,9 +77,9 @@ def gae(
     """
     check.floats(rewards=rewards, values=values, next_values=next_values, discounts=discounts, traces=traces)
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
-    advantage = scan(discounts * traces, rewards + ahead - values)
-    check.finite(advantage, rewards=rewards, values=values, next_values=ahead, discounts=discounts, traces=traces)
-    return advantage
+    result = scan(discounts * traces, rewards + ahead - values)
+    check.finite(result, rewards=rewards, values=values, next_values=ahead, discounts=discounts, traces=traces)
+    return result
 
 
 def k_step(
@@ -88,9 +102,9 @@ def k_step(
     tensor([0.5000, 0.5000, 2.0000])
     """
     check.floats(rewards=rewards, values=values)
-    advantage = n_step_return(rewards, next_values, discounts, continues, k) - values
-    check.finite(advantage, values=values)
-    return advantage
+    result = n_step_return(rewards, next_values, discounts, continues, k) - values
+    check.finite(result, values=values)
+    return result
 
 
 def baselined_return(
@@ -109,9 +123,9 @@ def baselined_return(
     tensor([0.5000, 2.0000])
     """
     check.floats(rewards=rewards, baseline=baseline)
-    advantage = return_to_go(rewards, next_values, discounts, continues) - baseline
-    check.finite(advantage, baseline=baseline)
-    return advantage
+    result = return_to_go(rewards, next_values, discounts, continues) - baseline
+    check.finite(result, baseline=baseline)
+    return result
 
 
 class VTrace(NamedTuple):
@@ -154,11 +168,11 @@ def vtrace(
     residual = rho * (rewards + discounts * following - values)
     correction = scan(discounts * traces * ratios.clamp(max=c_bar), residual)
     later = torch.cat([correction[..., 1:], torch.zeros_like(correction[..., :1])], -1)
-    advantage = rho * (rewards + discounts * (following + traces * later) - values)
+    result = rho * (rewards + discounts * (following + traces * later) - values)
     targets = values + correction
-    both = targets + advantage
+    both = targets + result
     check.finite(both, rewards=rewards, values=values, next_values=following, discounts=discounts, ratios=ratios)
-    return VTrace(targets, advantage)
+    return VTrace(targets, result)
 
 
 def group_relative(
@@ -243,9 +257,9 @@ def process_relative(
     normalised = _standardise(step_rewards.masked_fill(~counts, 0.0), counts, ddof, eps)
     at_ends = step_rewards.new_zeros(step_rewards.shape[0], length)
     at_ends = at_ends.scatter_add(-1, step_ends.clamp(min=0), normalised)
-    advantage = at_ends.flip(-1).cumsum(-1).flip(-1)
-    check.finite(advantage, step_rewards=step_rewards.masked_fill(~counts, 0.0))
-    return advantage
+    result = at_ends.flip(-1).cumsum(-1).flip(-1)
+    check.finite(result, step_rewards=step_rewards.masked_fill(~counts, 0.0))
+    return result
 
 
 def whiten(

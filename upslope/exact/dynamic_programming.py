@@ -1,0 +1,343 @@
+"""Value iteration, policy iteration and what lies between, each with a proven error.
+
+Sources: S3 §4.1 (alg 1 value iteration, alg 2 policy iteration, eqs 4–10; its loop starts at h = 1, V_0 = 0), Puterman
+1994 (§6.5 modified policy iteration, §6.6 span stopping), MacQueen 1967 (action elimination).
+
+Every infinite-horizon solver returns V with ‖V − V*‖∞ ≤ tol, and `error_bound` is the bound that was proven for the
+returned V from its Bellman residual ‖TV − V‖∞, the rounding of float64 included. At γ = 1 see `upslope.exact.undiscounted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from upslope.exact.mdp import MDP
+from upslope.exact.pairs import Pairs, backup, best, greedy_rows, keep_rows, pairs_of, rounding, solve_rows
+from upslope.exact.undiscounted import TotalReward, error_bound, lift, total_reward
+
+Watch = Callable[[int, float], None]  # called with (iterations so far, current bound on the error)
+Stop = Literal["sup", "span"]
+MAX_SWEEPS = 10_000_000
+
+
+class Solution(NamedTuple):
+    """What a solver found.
+
+    values V [S] (finite horizon: [H+1, S], V_h with h steps to go), policy π [S] (finite horizon: [H+1, S], row 0 is
+    −1: no action is left; soft solvers: probabilities [S, A]), q_values [S, A] (finite horizon [H+1, S, A]),
+    iterations, residual ‖TV − V‖∞ of the returned V, error_bound ≥ ‖V − V*‖∞, residuals of every iteration on the way.
+    """
+
+    values: Float[np.ndarray, "*horizon S"]
+    policy: Int[np.ndarray, "*horizon S"] | Float[np.ndarray, "S A"]
+    q_values: Float[np.ndarray, "*horizon S A"]
+    iterations: int
+    residual: float
+    error_bound: float
+    residuals: Float[np.ndarray, " iterations"]
+
+
+def value_iteration(
+    mdp: MDP,
+    tol: float = 1e-8,
+    stop: Stop = "sup",
+    horizon: int | None = None,
+    eliminate: bool = True,
+    watch: Watch | None = None,
+) -> Solution:
+    """V_{k+1}(s) = max_a Σ_s' P(s'|s,a) (r(s,a,s') + γ V_k(s')) (S3 eqs 4, 5; alg 1).
+
+    With a horizon H (given here or by the problem): V_0 = 0, then h = 1…H backwards, exactly; `values[h]` and
+    `policy[h]` belong to h steps to go, so at time t of an episode of H steps act by `policy[H − t]`.
+
+    Without one: iterates until the error is proven to be ≤ tol.
+
+    Args:
+        tol: bound on ‖V − V*‖∞, in units of reward.
+        stop: "sup" stops by ‖V_{k+1} − V_k‖∞ γ/(1−γ) ≤ tol; "span" by (max d − min d) γ/(1−γ) ≤ 2 tol with
+            d = V_{k+1} − V_k, then adds the midrange γ/(1−γ) (max d + min d)/2 to every state: never slower, and usually
+            much faster. At γ = 1 both stop by the residual times the expected number of steps.
+        eliminate: drop actions as soon as MacQueen's bounds prove them worse than another (γ < 1).
+
+    Raises:
+        ValueError: tol not positive or beyond what float64 can guarantee; γ = 1 and total reward not well defined.
+
+    >>> mdp = MDP([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]], [[1.0, 0.0], [2.0, 2.0]], gamma=0.5)
+    >>> solution = value_iteration(mdp, tol=1e-6)
+    >>> solution.values.round(5).tolist(), solution.policy.tolist(), solution.error_bound <= 1e-6
+    ([2.0, 4.0], [0, 0], True)
+    >>> value_iteration(mdp, horizon=2).values.tolist()
+    [[0.0, 0.0], [1.0, 2.0], [1.5, 3.0]]
+    """
+    horizon = mdp.horizon if horizon is None else horizon
+    if horizon is not None:
+        return _finite_horizon(mdp, horizon, watch)
+    problem, merged = _prepare(mdp, tol)
+    if mdp.gamma == 1.0:
+        values, residuals = _total_reward_sweeps(problem, np.zeros(len(problem.start) - 1), tol, 0, watch)
+    else:
+        values, residuals = _value_sweeps(problem, tol, stop, eliminate, watch)
+    return _finish(mdp, problem, merged, values, None, residuals, tol)
+
+
+def modified_policy_iteration(
+    mdp: MDP, tol: float = 1e-8, stop: Stop = "span", sweeps: int = 200, watch: Watch | None = None
+) -> Solution:
+    """Policy iteration whose evaluation is a few sweeps V ← r_π + γ P_π V instead of a linear solve (Puterman §6.5).
+
+    Args:
+        tol, stop: as `value_iteration`; the span rule is the default because it is never slower.
+        sweeps: at most this many evaluation sweeps per improvement. Fewer are done when the policy is evaluated well
+            enough (the span of the change has fallen a hundredfold).
+
+    Raises:
+        ValueError: as `value_iteration`, or the problem has a horizon (its optimal policy depends on time).
+
+    >>> mdp = MDP([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]], [[1.0, 0.0], [2.0, 2.0]], gamma=0.5)
+    >>> modified_policy_iteration(mdp, tol=1e-6).values.round(5).tolist()
+    [2.0, 4.0]
+    """
+    _no_horizon(mdp, "modified_policy_iteration")
+    if sweeps < 0:
+        raise ValueError(f"sweeps: 0 or more, got {sweeps}")
+    problem, merged = _prepare(mdp, tol)
+    if isinstance(merged, TotalReward):
+        start = solve_rows(problem, merged.proper)
+        values, residuals = _total_reward_sweeps(problem, start, tol, sweeps, watch)
+    else:
+        values, residuals = _modified_sweeps(problem, tol, stop, sweeps, watch)
+    return _finish(mdp, problem, merged, values, None, residuals, tol)
+
+
+def policy_iteration(
+    mdp: MDP, tol: float = 1e-8, evaluation: Literal["exact", "iterative"] = "exact", watch: Watch | None = None
+) -> Solution:
+    """Evaluate (S3 eq 10), improve greedily, until no action improves (S3 alg 2).
+
+    Args:
+        tol: bound on ‖V − V*‖∞. With exact evaluation the error is rounding alone, whatever tol.
+        evaluation: "exact" solves (I − γP_π) V = r_π (dense, or sparse LU: cheap when P is sparse and structured,
+            memory- hungry for large random ones); "iterative" sweeps until the evaluation is accurate to tol/4.
+
+    Raises:
+        ValueError: as `modified_policy_iteration`.
+
+    >>> mdp = MDP([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]], [[1.0, 0.0], [2.0, 2.0]], gamma=0.5)
+    >>> solution = policy_iteration(mdp)
+    >>> solution.values.tolist(), solution.iterations
+    ([2.0, 4.0], 1)
+    """
+    _no_horizon(mdp, "policy_iteration")
+    if evaluation not in ("exact", "iterative"):
+        raise ValueError(f'evaluation: "exact" or "iterative", got {evaluation!r}')
+    problem, merged = _prepare(mdp, tol)
+    rows = merged.proper if isinstance(merged, TotalReward) else greedy_rows(problem, problem.reward)
+    values = np.zeros(len(problem.start) - 1)
+    residuals: list[float] = []
+    while len(values):
+        values = solve_rows(problem, rows) if evaluation == "exact" else _sweep_policy(problem, rows, values, tol / 4.0)
+        q = backup(problem, values)
+        top = best(problem, q)
+        residuals.append(float(np.abs(top - values).max()))
+        slack = rounding(problem, values) + (
+            0.0 if evaluation == "exact" else tol * (1.0 - min(mdp.gamma, 1.0 - 1e-3)) / 2.0
+        )
+        better = top > q[rows] + 4.0 * slack  # rounding must not make two equally good actions alternate for ever
+        if watch is not None:
+            watch(len(residuals), residuals[-1])
+        if not better.any():
+            break
+        rows = np.where(better, greedy_rows(problem, q), rows)
+    return _finish(mdp, problem, merged, values, rows, residuals, tol)
+
+
+# ---- loops -----------------------------------------------------------------------------------------------------------
+
+
+def _finite_horizon(mdp: MDP, horizon: int, watch: Watch | None) -> Solution:
+    if horizon != int(horizon) or horizon < 1:
+        raise ValueError(f"horizon: a positive number of actions, got {horizon}")
+    problem, size = pairs_of(mdp), (mdp.num_states, mdp.num_actions)
+    values, q = np.zeros((horizon + 1, size[0])), np.zeros((horizon + 1, *size))
+    policy = np.full((horizon + 1, size[0]), -1)
+    for h in range(1, horizon + 1):
+        q[h] = backup(problem, values[h - 1]).reshape(size)
+        policy[h], values[h] = q[h].argmax(axis=1), q[h].max(axis=1)
+        if watch is not None:
+            watch(h, 0.0)
+    change = np.abs(np.diff(values, axis=0)).max(axis=1)
+    return Solution(values, policy, q, horizon, 0.0, horizon * rounding(problem, values), change)
+
+
+def _value_sweeps(
+    pairs: Pairs, tol: float, stop: Stop, eliminate: bool, watch: Watch | None
+) -> tuple[np.ndarray, list[float]]:
+    """Bellman sweeps for γ < 1; returns V and ‖V_{k+1} − V_k‖∞ of every sweep."""
+    factor = pairs.gamma / (1.0 - pairs.gamma)
+    values, residuals = best(pairs, pairs.reward), []
+    next_check = np.inf
+    while True:
+        q = backup(pairs, values)
+        new = best(pairs, q)
+        lower, upper = _range(new - values)
+        residuals.append(max(abs(lower), abs(upper)))
+        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        if watch is not None:
+            watch(len(residuals), bound)
+        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+            return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
+        if eliminate and pairs.width != 1 and upper - lower < next_check:
+            # V* lies in new + factor·[lower, upper]: what is further below than that range can never be best (MacQueen)
+            next_check = (upper - lower) / 4.0
+            kept = q >= np.repeat(new, np.diff(pairs.start)) - factor * (upper - lower) * (1.0 + 1e-9) - 1e-12
+            if kept.sum() < 0.8 * len(kept):
+                pairs = keep_rows(pairs, kept)
+        values = new
+        _give_up(len(residuals), residuals, pairs, values, tol)
+
+
+def _modified_sweeps(
+    pairs: Pairs, tol: float, stop: Stop, sweeps: int, watch: Watch | None
+) -> tuple[np.ndarray, list[float]]:
+    factor = pairs.gamma / (1.0 - pairs.gamma)
+    values, residuals = best(pairs, pairs.reward), []
+    previous, matrix, reward = np.array([]), pairs.matrix, pairs.reward
+    while True:
+        q = backup(pairs, values)
+        rows = greedy_rows(pairs, q)
+        new = q[rows]
+        lower, upper = _range(new - values)
+        residuals.append(max(abs(lower), abs(upper)))
+        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        if watch is not None:
+            watch(len(residuals), bound)
+        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+            return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
+        if not np.array_equal(rows, previous):
+            previous, matrix, reward = rows, pairs.matrix[rows], pairs.reward[rows]
+        enough = 0.01 * bound  # while the policy still changes, evaluating it further is wasted
+        values = new
+        for _ in range(sweeps):
+            new = matrix @ values
+            new *= pairs.gamma
+            new += reward
+            lower, upper = _range(new - values)
+            values = new
+            if factor * (max(abs(lower), abs(upper)) if stop == "sup" else (upper - lower) / 2.0) <= max(
+                enough, tol / 2.0
+            ):
+                break
+        _give_up(len(residuals), residuals, pairs, values, tol)
+
+
+def _total_reward_sweeps(
+    pairs: Pairs, values: np.ndarray, tol: float, sweeps: int, watch: Watch | None
+) -> tuple[np.ndarray, list[float]]:
+    """(Modified) Bellman sweeps at γ = 1 until the error bound holds."""
+    residuals: list[float] = []
+    target = tol
+    while len(values):
+        q = backup(pairs, values)
+        rows = greedy_rows(pairs, q)
+        new = q[rows]
+        residuals.append(float(np.abs(new - values).max()))
+        bound = np.inf
+        if residuals[-1] <= target:
+            bound = error_bound(pairs, values, q, tol)
+            if bound <= tol:
+                break
+            target = residuals[-1] * (0.5 * tol / bound if np.isfinite(bound) else 0.1)
+        if watch is not None:
+            watch(len(residuals), bound)
+        _give_up(len(residuals), residuals, pairs, values, tol)
+        values = new
+        if sweeps:
+            matrix, reward = pairs.matrix[rows], pairs.reward[rows]
+            for _ in range(sweeps):
+                values = matrix @ values + reward
+    return values, residuals
+
+
+def _sweep_policy(pairs: Pairs, rows: np.ndarray, values: np.ndarray, tol: float) -> np.ndarray:
+    """V^π by sweeps, to an error of tol (γ < 1: by the residual; γ = 1: by the residual times the expected steps)."""
+    matrix, reward = pairs.matrix[rows], pairs.reward[rows]
+    if pairs.gamma < 1.0:
+        steps = pairs.gamma / (1.0 - pairs.gamma)
+    else:
+        steps = float(np.abs(solve_rows(pairs._replace(reward=np.ones(len(pairs.reward))), rows)).max())
+    for _ in range(MAX_SWEEPS):
+        new = pairs.gamma * (matrix @ values) + reward
+        change = float(np.abs(new - values).max())
+        values = new
+        if change * steps <= max(tol, 4.0 * rounding(pairs, values) * steps):
+            break
+    return values
+
+
+# ---- before and after ------------------------------------------------------------------------------------------------
+
+
+def _prepare(mdp: MDP, tol: float) -> tuple[Pairs, TotalReward | None]:
+    if not tol > 0.0:
+        raise ValueError(f"tol: a positive bound on the error, got {tol}")
+    if mdp.gamma < 1.0:
+        return pairs_of(mdp), None
+    problem = total_reward(mdp)
+    return problem.pairs, problem
+
+
+def _finish(
+    mdp: MDP,
+    pairs: Pairs,
+    merged: TotalReward | None,
+    values: np.ndarray,
+    rows: np.ndarray | None,
+    residuals: list[float],
+    tol: float,
+) -> Solution:
+    """One more backup of the returned V: its Q, its greedy policy, its residual and the bound that follows."""
+    q = backup(pairs, values)
+    bound = error_bound(pairs, values, q, tol)
+    if bound > tol:
+        raise ValueError(
+            f"tol: {tol:g} cannot be guaranteed in float64 for this problem; the proven bound is {bound:.3g}"
+        )
+    rows = greedy_rows(pairs, q) if rows is None else rows
+    if merged is None:
+        policy, q_values = rows - pairs.start[:-1], q.reshape(mdp.num_states, mdp.num_actions)
+        residual = float(np.abs(best(pairs, q) - values).max())
+    else:
+        values, policy = lift(merged, mdp, values, rows)
+        q_values = backup(pairs_of(mdp), values).reshape(mdp.num_states, mdp.num_actions)
+        residual = float(np.abs(q_values.max(axis=1) - values).max())
+    return Solution(values, policy, q_values, len(residuals), residual, bound, np.array(residuals))
+
+
+def _range(change: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    return float(change.min()), float(change.max())
+
+
+def _reserve(pairs: Pairs, values: np.ndarray) -> float:
+    """The part of the error that rounding may add: kept back from tol, so that the final bound holds too."""
+    return 2.0 * rounding(pairs, values) / (1.0 - pairs.gamma)
+
+
+def _give_up(iterations: int, residuals: list[float], pairs: Pairs, values: np.ndarray, tol: float) -> None:
+    stuck = residuals[-1] <= rounding(pairs, values) / 8.0 or iterations >= MAX_SWEEPS
+    if stuck or not np.isfinite(residuals[-1]):
+        raise ValueError(
+            f"tol: {tol:g} was not reached after {iterations} sweeps (residual {residuals[-1]:.3g}); "
+            "float64 cannot guarantee it here"
+        )
+
+
+def _no_horizon(mdp: MDP, name: str) -> None:
+    if mdp.horizon is not None:
+        raise ValueError(
+            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best policy depends on "
+            "the time left; use value_iteration, or mdp.replace(horizon=None)"
+        )
