@@ -244,7 +244,8 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
 
 
 def _read_run(directory: Path) -> tuple[str, Any, Any]:
-    from upslope.runs.run import from_json, read_config
+    from upslope.runs.run import read_config
+    from upslope.runs.settings import from_json
 
     described = read_config(directory)
     algorithm = described["algorithm"]

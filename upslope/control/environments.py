@@ -19,6 +19,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from upslope.control import episodes
+from upslope.runs import settings
 from upslope.runs.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,7 @@ class Config:
     kwargs: dict[str, Any] = field(default_factory=dict)  # for gymnasium.make
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1:
-            raise ValueError(f"environment.num_envs is {self.num_envs}, allowed: 1 or more")
+        settings.within(self, 1, None, "num_envs")
 
 
 class Transition(NamedTuple):

@@ -1,13 +1,10 @@
 """A run: its directory, its resolved configuration, its metrics and checkpoints, and how it goes on after a kill."""
 
-import dataclasses
 import json
 import logging
 import os
 import platform
 import time
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.runs import checkpoint, metrics, progress
+from upslope.runs import checkpoint, metrics, progress, settings
 from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,10 +34,8 @@ class Config:
     quiet: bool = False  # no progress display
 
     def __post_init__(self) -> None:
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds is {self.checkpoint_seconds}, allowed: 0 or more")
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, allowed: 1 or more")
+        settings.within(self, 0, None, "checkpoint_seconds")
+        settings.within(self, 1, None, "threads")
 
 
 Options = Annotated[Config, tyro.conf.OmitArgPrefixes]  # on the command line: --seed, not --run.seed
@@ -154,53 +149,6 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def to_json(config: Any) -> Any:
-    """A dataclass as JSON values; dataclasses say their type, so that a union can be read back.
-
-    >>> to_json(Config(seed=3))["seed"]
-    3
-    """
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **fields}
-    if isinstance(config, Path):
-        return str(config)
-    if isinstance(config, Mapping):
-        return {str(key): to_json(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_json(value) for value in config]
-    return config
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of `to_json` for a type annotation.
-
-    >>> from_json(Config, to_json(Config(seed=3))) == Config(seed=3)
-    True
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return from_json(arguments[0], value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        named = [a for a in arguments if dataclasses.is_dataclass(a) and getattr(a, "__name__", None) == _type(value)]
-        plain = [a for a in arguments if a is not type(None)]
-        return from_json((named or plain)[0], value)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        names = {f.name for f in dataclasses.fields(kind)}
-        unknown = set(value) - names - {"type"}
-        if unknown:
-            raise ValueError(
-                f"{kind.__name__} has no field {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(names))}"
-            )
-        return kind(**{name: from_json(hints[name], value[name]) for name in names if name in value})
-    if origin is tuple:
-        return tuple(from_json(arguments[0], item) for item in value)
-    return Path(value) if kind is Path else value
-
-
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
     found = {"python": platform.python_version()}
@@ -212,10 +160,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _type(value: Any) -> str | None:
-    return value.get("type") if isinstance(value, dict) else None
-
-
 def _create(directory: Path, algorithm: str, config: Any) -> None:
     if (directory / CONFIG).exists() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(
@@ -223,7 +167,7 @@ def _create(directory: Path, algorithm: str, config: Any) -> None:
             "or name another (--run-dir)"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    described = {"algorithm": algorithm, "config": to_json(config), "versions": versions()}
+    described = {"algorithm": algorithm, "config": settings.to_json(config), "versions": versions()}
     _write_atomically(directory / CONFIG, json.dumps(described, indent=1))
 
 
