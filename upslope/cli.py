@@ -74,8 +74,8 @@ def train(arguments: list[str]) -> int:
     algorithm = arguments[0]
     module, kind = _algorithm(algorithm)
     config = _parse_config(algorithm, kind, arguments[1:])
-    agent = module.train(config)
-    _say_where(config.run.run_dir, agent)
+    module.train(config)
+    _say_where(config.run.run_dir)
     return 0
 
 
@@ -89,6 +89,7 @@ def resume(arguments: list[str]) -> int:
         logging.getLogger(__name__).info("%s is complete", directory)
         return 0
     module.train(config, Run.resume(directory, algorithm, config, config.total_steps))
+    _say_where(directory)
     return 0
 
 
@@ -137,7 +138,8 @@ def compare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from upslope.report import plots
 
-    Console().print(plots.compare(options.runs, options.out, options.metric))
+    outcomes = plots.compare(options.runs, options.out, options.metric, thresholds=_thresholds(options.runs))
+    Console(width=120).print(plots.table(outcomes), highlight=False)
     Console().print(f"picture: {options.out}", highlight=False)
     return 0
 
@@ -179,6 +181,16 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "fingerprint": fingerprint,
 }
+
+
+def _thresholds(runs: Sequence[Path]) -> dict[str, float]:
+    """The return at which Gymnasium calls each environment solved, where it says so."""
+    from upslope.control.environments import register
+    from upslope.runs.run import read_config
+
+    ids = {read_config(run)["config"]["environment"]["id"] for run in runs}
+    found = {environment_id: register(environment_id).reward_threshold for environment_id in ids}
+    return {environment_id: float(value) for environment_id, value in found.items() if value is not None}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -263,12 +275,16 @@ def _load_agent(directory: Path) -> Any:
     return load(_read_run(directory)[2], directory)
 
 
-def _say_where(directory: Path, agent: Any) -> None:
-    console = Console()
-    console.print(
-        f"run: {directory}   next: upslope report {directory} · upslope watch {directory} --out episode.gif",
-        highlight=False,
-    )
+def _say_where(directory: Path) -> None:
+    summary = json.loads((directory / "summary.json").read_text())
+    console = Console(width=120)
+    if summary.get("episode_return") is not None:
+        seconds, value = summary["seconds"], summary["episode_return"]
+        console.print(
+            f"done in {seconds:.0f} s; mean return of the last 100 training episodes: {value:.1f}", highlight=False
+        )
+    console.print(f"run: {directory}", highlight=False)
+    console.print(f"next: upslope report {directory} · upslope watch {directory} --out episode.gif", highlight=False)
 
 
 def _help() -> str:
