@@ -182,11 +182,13 @@ class Environments:
         self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
         self._owed = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next row is a reset row
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
+        self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
 
     def reset(self) -> Observation:
         observation, infos = self.envs.reset(seed=derive(self.seed, "native") % 2**31 if self.native else None)
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
+        self._seen = observation
         return observation
 
     def step(self, action: np.ndarray) -> Transition:
@@ -219,6 +221,7 @@ class Environments:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
             self._lives = lives
+        self._seen = observation
         return Transition(next_observation, observation, reward, terminated, truncated, ended, valid)
 
     def _advance(self, action: Any) -> tuple[Any, ...]:
@@ -244,6 +247,8 @@ class Environments:
         """All that is needed to stand here again, as arrays."""
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
         if self.native:
+            parts = self._seen if isinstance(self._seen, dict) else {"": self._seen}
+            state |= {f"seen.{name}": np.array(part) for name, part in parts.items()}
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
         shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
@@ -253,9 +258,14 @@ class Environments:
         ended = np.array([shot.ended for shot in shots])
         return state | {"actions": actions, "counts": counts, "begun": begun, "ended": ended}
 
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
+    def _restore(self, state: dict[str, np.ndarray]) -> Observation:
+        if self.native:
+            episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
+            parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
+            self._seen = parts[""] if "" in parts else parts
         self.episode, self.length = state["episode"].copy(), state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
+        return self._seen
 
     def close(self) -> None:
         self.envs.close()
@@ -296,9 +306,7 @@ def make(
     environments = Environments(config, envs, seed, native, exact)
     observation = environments.reset()
     if start is not None:
-        environments._restore(start)
-        if native:
-            episodes.restore_native(envs, {k[7:]: v for k, v in start.items() if k.startswith("native.")})
+        observation = environments._restore(start)
     return environments, observation
 
 
