@@ -6,6 +6,7 @@ reset rows of NEXT_STEP environments come with `valid = False`.
 
 import difflib
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -108,10 +109,16 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
                 f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
             ) from error
         gym.register_envs(ale_py)
+    module, _, name = environment_id.rpartition(":")  # "module:Id-v0": the module registers the id
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"environment.id {environment_id!r}: {error}") from error
     try:
-        return gym.spec(environment_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(environment_id, list(gym.registry), n=3, cutoff=0.5)
+        return gym.spec(name)
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(
             f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}"
@@ -313,7 +320,7 @@ def make(
 def _choose_native(config: Config) -> bool:
     if config.vectorization == "envpool":
         raise ValueError("environment.vectorization 'envpool' is not supported for this environment")
-    offered = gym.spec(config.id).vector_entry_point is not None
+    offered = register(config.id).vector_entry_point is not None
     if config.vectorization == "native" and not offered:
         raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
     if config.vectorization == "auto":
