@@ -81,7 +81,8 @@ def read(root: Path, step: int) -> Checkpoint:
         payload = (path / TENSORS).read_bytes()
         described = {key: value for key, value in state.items() if key != "self"}
         whole = state["self"] == _digest(described) and state["sha256"][TENSORS] == hashlib.sha256(payload).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = whole and state["step"] == step
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: {error!r}") from error
     if not whole:
         raise DamagedCheckpointError(f"{path}: checksum mismatch")
