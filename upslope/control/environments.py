@@ -6,6 +6,7 @@ reset rows of NEXT_STEP environments come with `valid = False`.
 
 import difflib
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -108,10 +109,16 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
                 f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
             ) from error
         gym.register_envs(ale_py)
+    module, _, name = environment_id.rpartition(":")  # "module:Id-v0": the module registers the id
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"environment.id {environment_id!r}: {error}") from error
     try:
-        return gym.spec(environment_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(environment_id, list(gym.registry), n=3, cutoff=0.5)
+        return gym.spec(name)
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(
             f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}"
@@ -182,11 +189,13 @@ class Environments:
         self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
         self._owed = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next row is a reset row
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
+        self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
 
     def reset(self) -> Observation:
         observation, infos = self.envs.reset(seed=derive(self.seed, "native") % 2**31 if self.native else None)
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
+        self._seen = observation
         return observation
 
     def step(self, action: np.ndarray) -> Transition:
@@ -219,6 +228,7 @@ class Environments:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
             self._lives = lives
+        self._seen = observation
         return Transition(next_observation, observation, reward, terminated, truncated, ended, valid)
 
     def _advance(self, action: Any) -> tuple[Any, ...]:
@@ -244,6 +254,8 @@ class Environments:
         """All that is needed to stand here again, as arrays."""
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
         if self.native:
+            parts = self._seen if isinstance(self._seen, dict) else {"": self._seen}
+            state |= {f"seen.{name}": np.array(part) for name, part in parts.items()}
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
         shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
@@ -253,9 +265,14 @@ class Environments:
         ended = np.array([shot.ended for shot in shots])
         return state | {"actions": actions, "counts": counts, "begun": begun, "ended": ended}
 
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
+    def _restore(self, state: dict[str, np.ndarray]) -> Observation:
+        if self.native:
+            episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
+            parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
+            self._seen = parts[""] if "" in parts else parts
         self.episode, self.length = state["episode"].copy(), state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
+        return self._seen
 
     def close(self) -> None:
         self.envs.close()
@@ -296,16 +313,14 @@ def make(
     environments = Environments(config, envs, seed, native, exact)
     observation = environments.reset()
     if start is not None:
-        environments._restore(start)
-        if native:
-            episodes.restore_native(envs, {k[7:]: v for k, v in start.items() if k.startswith("native.")})
+        observation = environments._restore(start)
     return environments, observation
 
 
 def _choose_native(config: Config) -> bool:
     if config.vectorization == "envpool":
         raise ValueError("environment.vectorization 'envpool' is not supported for this environment")
-    offered = gym.spec(config.id).vector_entry_point is not None
+    offered = register(config.id).vector_entry_point is not None
     if config.vectorization == "native" and not offered:
         raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
     if config.vectorization == "auto":
