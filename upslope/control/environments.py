@@ -19,7 +19,9 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from upslope.control import episodes
+from upslope.control import atari, episodes
+from upslope.control.atari import Atari
+from upslope.control.envpool import EnvPool
 from upslope.runs import settings
 from upslope.runs.randomness import derive
 
@@ -28,18 +30,7 @@ log = logging.getLogger(__name__)
 STEP_TIMEOUT = 60.0  # seconds a worker process may take for one step before it counts as hung
 
 Observation = np.ndarray | dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Atari:
-    """The Atari details of the "37 details" list that belong to the environment (Mnih et al. 2015)."""
-
-    noop_max: int = 30  # random no-ops at reset, drawn by the episode's seed
-    frame_skip: int = 4  # frames an action is repeated, the last two max-pooled
-    episodic_life: bool = True  # a lost life has no value beyond, though the game goes on
-    fire_reset: bool = True  # press FIRE where the game waits for it
-    screen_size: int = 84  # pixels, grey
-    frame_stack: int = 4  # frames an observation holds
+Kind = Literal["episodes", "native", "pool"]  # Gymnasium's, seeded and replayed; the id's own vector; EnvPool's
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Config:
     num_envs: int = 8
     vectorization: Literal["auto", "native", "sync", "async", "envpool"] = "auto"
     autoreset: Literal["disabled", "same-step", "next-step"] = "disabled"  # of sync and async
-    atari: Atari | None = None
+    atari: Atari | None = None  # its preprocessing
     kwargs: dict[str, Any] = field(default_factory=dict)  # for gymnasium.make
 
     def __post_init__(self) -> None:
@@ -96,7 +87,7 @@ class Single:
             raise ValueError(
                 f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
             ) from error
-        return preprocess_atari(env, self.config.atari) if self.config.atari else env
+        return atari.preprocess(env, self.config.atari) if self.config.atari else env
 
 
 def register(environment_id: str) -> gym.envs.registration.EnvSpec:
@@ -125,42 +116,6 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
         ) from error
 
 
-class FireReset(gym.Wrapper):
-    """Press FIRE after a reset and after each lost life, in games that do not start without it."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self._lives = 0
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        observation, info = self.env.reset(**kwargs)
-        observation, _, terminated, truncated, info = self.env.step(1)
-        if terminated or truncated:
-            observation, info = self.env.reset(**kwargs)
-        self._lives = info.get("lives", 0)
-        return observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if info.get("lives", 0) < self._lives and not (terminated or truncated):
-            self._lives = info["lives"]
-            observation, extra, terminated, truncated, info = self.env.step(1)
-            reward = float(reward) + float(extra)
-        return observation, reward, terminated, truncated, info
-
-
-def preprocess_atari(env: gym.Env, config: Atari) -> gym.Env:
-    """No-op starts, max-pooled frame skip, FIRE, grey 84 × 84 frames, stacked. Life loss is handled in `step`."""
-    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-
-    env = AtariPreprocessing(
-        env, noop_max=config.noop_max, frame_skip=config.frame_skip, screen_size=config.screen_size
-    )
-    if config.fire_reset and "FIRE" in env.unwrapped.get_action_meanings():  # type: ignore[attr-defined]
-        env = FireReset(env)
-    return FrameStackObservation(env, config.frame_stack)
-
-
 def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
     """A batch of policy outputs as actions of the space: boxes clipped to their bounds, shapes and types as declared.
 
@@ -180,8 +135,8 @@ def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
 class Environments:
     """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
-    def __init__(self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool) -> None:
-        self.config, self.envs, self.seed, self.native, self.exact = config, envs, seed, native, exact
+    def __init__(self, config: Config, envs: VectorEnv, seed: int, kind: Kind) -> None:
+        self.config, self.envs, self.seed, self.kind = config, envs, seed, kind
         self.num_envs = envs.num_envs
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.autoreset = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
@@ -192,7 +147,9 @@ class Environments:
         self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
 
     def reset(self) -> Observation:
-        observation, infos = self.envs.reset(seed=derive(self.seed, "native") % 2**31 if self.native else None)
+        observation, infos = self.envs.reset(
+            seed=derive(self.seed, "native") % 2**31 if self.kind == "native" else None
+        )
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
         self._seen = observation
@@ -246,17 +203,19 @@ class Environments:
         raise ValueError(
             f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
             f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
-            f"({'run seed ' + str(self.seed) if self.native else at}); "
+            f"({at if self.kind == 'episodes' else f'run seed {self.seed}'}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All that is needed to stand here again, as arrays."""
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
-        if self.native:
+        if self.kind == "native":
             parts = self._seen if isinstance(self._seen, dict) else {"": self._seen}
             state |= {f"seen.{name}": np.array(part) for name, part in parts.items()}
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
+        if self.kind == "pool":
+            return state
         shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
         flat = [action for shot in shots for action in shot.actions]
@@ -266,11 +225,14 @@ class Environments:
         return state | {"actions": actions, "counts": counts, "begun": begun, "ended": ended}
 
     def _restore(self, state: dict[str, np.ndarray]) -> Observation:
-        if self.native:
+        self.episode = state["episode"].copy()
+        if self.kind == "pool":  # its episodes begin anew
+            return self._seen
+        if self.kind == "native":
             episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
             parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
-            self._seen = parts[""] if "" in parts else parts
-        self.episode, self.length = state["episode"].copy(), state["length"].copy()
+            self._seen = parts.get("", parts)
+        self.length = state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
         return self._seen
 
@@ -292,41 +254,57 @@ def make(
     Raises:
         ValueError: unknown id (nearest named), missing package, unsupported space, a mode that the id does not have.
     """
-    register(config.id)
-    native = _choose_native(config)
-    if native:
-        envs: VectorEnv = _native(config, config.num_envs)()
-        exact = _native_exact(Single(config))
+    kind = _kind(config)
+    if kind == "pool":
+        envs: VectorEnv = EnvPool(
+            config.id, config.num_envs, derive(seed, "pool", first_index) % 2**31, **config.kwargs
+        )
+        exact = False
+    elif kind == "native":
+        envs, exact = _native(config, config.num_envs)(), _native_exact(Single(config))
     else:
         factory = Single(config)
         check = episodes.replay_check(factory)
         exact = check.exact
-        if not exact:
-            log.warning(
-                "%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id
-            )
         shots = _snapshots(config.num_envs, start)
         starts = [episodes.EpisodeStarts(factory, seed, first_index + i, check.fresh, s) for i, s in enumerate(shots)]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
         vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
         envs = vector(starts, autoreset_mode=mode)
-    environments = Environments(config, envs, seed, native, exact)
+    if not exact:
+        log.warning("%s: its state cannot be restored exactly, a resumed run will not be bitwise equal", config.id)
+    environments = Environments(config, envs, seed, kind)
     observation = environments.reset()
     if start is not None:
         observation = environments._restore(start)
     return environments, observation
 
 
-def _choose_native(config: Config) -> bool:
+def describe(config: Config) -> tuple[spaces.Space, spaces.Space, float]:
+    """Observation space, action space and frames a second of one environment, which is closed again."""
     if config.vectorization == "envpool":
-        raise ValueError("environment.vectorization 'envpool' is not supported for this environment")
+        pool = EnvPool(config.id, 1, 0, **config.kwargs)
+        pool.close()
+        return pool.single_observation_space, pool.single_action_space, 30.0
+    env = Single(config)()
+    env.close()
+    return env.observation_space, env.action_space, float(env.metadata.get("render_fps", 30))
+
+
+def _kind(config: Config) -> Kind:
+    if config.vectorization == "envpool":
+        if config.atari is not None:
+            raise ValueError(
+                "environment.atari is for Gymnasium's games; EnvPool's own take theirs by environment.kwargs"
+            )
+        return "pool"
     offered = register(config.id).vector_entry_point is not None
-    if config.vectorization == "native" and not offered:
-        raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
-    if config.vectorization == "auto":
-        usable = offered and config.atari is None
-        return usable and _native_exact(Single(config))
-    return config.vectorization == "native"
+    if config.vectorization == "native":
+        if not offered:
+            raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
+        return "native"
+    usable = config.vectorization == "auto" and offered and config.atari is None
+    return "native" if usable and _native_exact(Single(config)) else "episodes"
 
 
 def _native(config: Config, num_envs: int) -> Callable[[], VectorEnv]:
