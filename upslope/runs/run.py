@@ -83,6 +83,7 @@ class Run:
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
+        self._saved_step = self.restored.step if self.restored else None
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
@@ -118,8 +119,11 @@ class Run:
         return self.directory is not None and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
-        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it."""
-        if self.directory is None or self.metrics is None:
+        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it.
+
+        A step that has its checkpoint is not written again: replacing it could lose the only one to a kill.
+        """
+        if self.directory is None or self.metrics is None or step == self._saved_step:
             return
         state = {
             **described,
@@ -130,7 +134,7 @@ class Run:
             "offsets": self.metrics.offsets(),
         }
         checkpoint.write(self.directory / CHECKPOINTS, step, tensors, state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
 
     def finish(self, step: int, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: the run is complete."""
