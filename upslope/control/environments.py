@@ -180,7 +180,10 @@ def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
 class Environments:
     """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
-    def __init__(self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool) -> None:
+    def __init__(
+        self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool, first_index: int = 0
+    ) -> None:
+        self.first_index = first_index
         self.config, self.envs, self.seed, self.native, self.exact = config, envs, seed, native, exact
         self.num_envs = envs.num_envs
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
@@ -205,25 +208,25 @@ class Environments:
             ValueError: a NaN or infinite observation or reward, naming environment, step and episode seed.
         """
         observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
-        self._refuse_non_finite(observation, reward)
         ended = terminated | truncated
         next_observation, valid = observation, None
+        if self.autoreset == AutoresetMode.SAME_STEP and ended.any():
+            next_observation = _place(observation, infos["final_obs"], ended)
+        self._refuse_non_finite(next_observation, reward)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             valid = ~self._owed
             self._owed = ended
         self.length += 1 if valid is None else valid
         if ended.any():
-            if self.autoreset == AutoresetMode.SAME_STEP:
-                next_observation = _place(observation, infos["final_obs"], ended)
-                self._refuse_non_finite(next_observation, None)
-            elif self.autoreset == AutoresetMode.DISABLED:
+            self.episode = self.episode + ended
+            self.length[ended] = 0
+            if self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
                 infos = (
                     {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
                 )
+            if self.autoreset != AutoresetMode.NEXT_STEP:
                 self._refuse_non_finite(observation, None)
-            self.episode = self.episode + ended
-            self.length[ended] = 0
         if self.config.atari is not None and self.config.atari.episodic_life and "lives" in infos:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
@@ -237,16 +240,20 @@ class Environments:
             return self.envs.step_wait(timeout=STEP_TIMEOUT)
         return self.envs.step(action)
 
+    def _episode_seed(self, index: int) -> int:
+        return episodes.episode_seed(self.seed, self.first_index + index, int(self.episode[index]))
+
     def _refuse_non_finite(self, observation: Observation, reward: np.ndarray | None) -> None:
         bad = _non_finite(observation) if reward is None else _non_finite(observation, reward)
         if bad is None:
             return
         what, index = bad
-        at = f"its reset seed {episodes.episode_seed(self.seed, index, int(self.episode[index]))}"
+        begins = reward is None or self._owed[index]  # the first observation of an episode
+        episode, step = int(self.episode[index]), int(self.length[index]) + 1
+        at = f"run seed {self.seed}" if self.native else f"its reset seed {self._episode_seed(index)}"
         raise ValueError(
-            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
-            f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
-            f"({'run seed ' + str(self.seed) if self.native else at}); "
+            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at "
+            f"{'the reset' if begins else f'step {step}'} of its episode {episode} ({at}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
@@ -310,7 +317,7 @@ def make(
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
         vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
         envs = vector(starts, autoreset_mode=mode)
-    environments = Environments(config, envs, seed, native, exact)
+    environments = Environments(config, envs, seed, native, exact, first_index)
     observation = environments.reset()
     if start is not None:
         observation = environments._restore(start)
