@@ -88,10 +88,12 @@ class Single:
     def __call__(self) -> gym.Env:
         register(self.config.id)
         kwargs = dict(self.config.kwargs)
+        if self.render_mode is not None:  # not every environment has the argument
+            kwargs["render_mode"] = self.render_mode
         if self.config.atari is not None:
             kwargs.setdefault("frameskip", 1)
         try:
-            env = gym.make(self.config.id, render_mode=self.render_mode, disable_env_checker=True, **kwargs)
+            env = gym.make(self.config.id, disable_env_checker=True, **kwargs)
         except gym.error.DependencyNotInstalled as error:
             raise ValueError(
                 f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
