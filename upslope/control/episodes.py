@@ -112,24 +112,20 @@ class Replay(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def replay_check(make: Callable[[], gym.Env], steps: int = 100, chain: int = 8) -> Replay:
+def replay_check(make: Callable[[], gym.Env], steps: int = 100, chain: int = 6) -> Replay:
     """Is this environment a function of its reset seed and actions, and does a used instance forget its past?
 
-    Plays a chain of short episodes in one instance, and each of them in two new instances, and compares observations,
-    rewards and ends bit for bit. One pair of episodes is not enough: BipedalWalker's differ in about half of them.
+    Plays a chain of short episodes in one instance and each of them in a new one, the first in two new ones, and
+    compares observations, rewards and ends bit for bit. The chain is needed: BipedalWalker's episodes differ in about
+    half of all cases.
     """
     used = make()
-    exact = forgets = True
     try:
-        for seed in range(1, chain + 1):
-            new, again = _play_new(make, seed, steps), _play_new(make, seed, steps)
-            exact = exact and new == again
-            forgets = forgets and _play(used, seed, steps) == new
-            if not (exact and forgets):
-                break
+        exact = _play(used, 1, steps) == _play_new(make, 1, steps) == _play_new(make, 1, steps)
+        fresh = exact and any(_play(used, s, steps) != _play_new(make, s, steps) for s in range(2, chain + 1))
     finally:
         used.close()
-    return Replay(fresh=exact and not forgets, exact=exact)
+    return Replay(fresh=fresh, exact=exact)
 
 
 def _play_new(make: Callable[[], gym.Env], seed: int, steps: int) -> list[bytes]:
