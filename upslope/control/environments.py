@@ -239,7 +239,12 @@ class Environments:
     def _advance(self, action: Any) -> tuple[Any, ...]:
         if isinstance(self.envs, AsyncVectorEnv):
             self.envs.step_async(action)
-            return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            try:
+                return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            except Exception as error:  # a worker's error arrives inside another of its kind, its notes within
+                for note in getattr(error.args[0] if error.args else None, "__notes__", ()):
+                    error.add_note(note)
+                raise
         return self.envs.step(action)
 
     def _episode_seed(self, index: int) -> int:
