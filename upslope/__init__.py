@@ -1,7 +1,7 @@
 """Upslope: policy gradients from a gridworld to a language model.
 
-`from upslope import PPO` reaches the public names of the wings; a wing is imported when one of its names is asked for, so
-that `upslope --help` need not wait for torch.
+`from upslope import PPO` reaches the public names of the wings; a wing is imported when one of its names is asked for,
+so that `upslope --help` need not wait for torch.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 
 _WINGS = {"PPO": "upslope.control", "Agent": "upslope.control"}
 
-__all__ = ["PPO", "Agent"]  # noqa: F822 - resolved below
+__all__ = ["PPO", "Agent"]
 
 
 def __getattr__(name: str) -> Any:

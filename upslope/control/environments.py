@@ -79,10 +79,12 @@ class Single:
     def __call__(self) -> gym.Env:
         register(self.config.id)
         kwargs = dict(self.config.kwargs)
+        if self.render_mode is not None:  # not every environment has the argument
+            kwargs["render_mode"] = self.render_mode
         if self.config.atari is not None:
             kwargs.setdefault("frameskip", 1)
         try:
-            env = gym.make(self.config.id, render_mode=self.render_mode, disable_env_checker=True, **kwargs)
+            env = gym.make(self.config.id, disable_env_checker=True, **kwargs)
         except gym.error.DependencyNotInstalled as error:
             raise ValueError(
                 f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
@@ -135,8 +137,8 @@ def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
 class Environments:
     """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
-    def __init__(self, config: Config, envs: VectorEnv, seed: int, kind: Kind) -> None:
-        self.config, self.envs, self.seed, self.kind = config, envs, seed, kind
+    def __init__(self, config: Config, envs: VectorEnv, seed: int, kind: Kind, first_index: int = 0) -> None:
+        self.config, self.envs, self.seed, self.kind, self.first_index = config, envs, seed, kind, first_index
         self.num_envs = envs.num_envs
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.autoreset = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
@@ -162,25 +164,25 @@ class Environments:
             ValueError: a NaN or infinite observation or reward, naming environment, step and episode seed.
         """
         observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
-        self._refuse_non_finite(observation, reward)
         ended = terminated | truncated
         next_observation, valid = observation, None
+        if self.autoreset == AutoresetMode.SAME_STEP and ended.any():
+            next_observation = _place(observation, infos["final_obs"], ended)
+        self._refuse_non_finite(next_observation, reward)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             valid = ~self._owed
             self._owed = ended
         self.length += 1 if valid is None else valid
         if ended.any():
-            if self.autoreset == AutoresetMode.SAME_STEP:
-                next_observation = _place(observation, infos["final_obs"], ended)
-                self._refuse_non_finite(next_observation, None)
-            elif self.autoreset == AutoresetMode.DISABLED:
+            self.episode = self.episode + ended
+            self.length[ended] = 0
+            if self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
                 infos = (
                     {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
                 )
+            if self.autoreset != AutoresetMode.NEXT_STEP:
                 self._refuse_non_finite(observation, None)
-            self.episode = self.episode + ended
-            self.length[ended] = 0
         if self.config.atari is not None and self.config.atari.episodic_life and "lives" in infos:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
@@ -191,19 +193,28 @@ class Environments:
     def _advance(self, action: Any) -> tuple[Any, ...]:
         if isinstance(self.envs, AsyncVectorEnv):
             self.envs.step_async(action)
-            return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            try:
+                return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            except Exception as error:  # a worker's error arrives inside another of its kind, its notes within
+                for note in getattr(error.args[0] if error.args else None, "__notes__", ()):
+                    error.add_note(note)
+                raise
         return self.envs.step(action)
+
+    def _episode_seed(self, index: int) -> int:
+        return episodes.episode_seed(self.seed, self.first_index + index, int(self.episode[index]))
 
     def _refuse_non_finite(self, observation: Observation, reward: np.ndarray | None) -> None:
         bad = _non_finite(observation) if reward is None else _non_finite(observation, reward)
         if bad is None:
             return
         what, index = bad
-        at = f"its reset seed {episodes.episode_seed(self.seed, index, int(self.episode[index]))}"
+        begins = reward is None or self._owed[index]  # the first observation of an episode
+        episode, step = int(self.episode[index]), int(self.length[index]) + 1
+        at = f"its reset seed {self._episode_seed(index)}" if self.kind == "episodes" else f"run seed {self.seed}"
         raise ValueError(
-            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
-            f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
-            f"({at if self.kind == 'episodes' else f'run seed {self.seed}'}); "
+            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at "
+            f"{'the reset' if begins else f'step {step}'} of its episode {episode} ({at}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
@@ -273,7 +284,7 @@ def make(
         envs = vector(starts, autoreset_mode=mode)
     if not exact:
         log.warning("%s: its state cannot be restored exactly, a resumed run will not be bitwise equal", config.id)
-    environments = Environments(config, envs, seed, kind)
+    environments = Environments(config, envs, seed, kind, first_index)
     observation = environments.reset()
     if start is not None:
         observation = environments._restore(start)

@@ -1,5 +1,6 @@
 """A run: its directory, its resolved configuration, its metrics and checkpoints, and how it goes on after a kill."""
 
+import contextlib
 import json
 import logging
 import os
@@ -78,6 +79,8 @@ class Run:
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
+        self._untouched = self.restored is None  # nothing was learned yet
+        self._saved_step = self.restored.step if self.restored else None
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
@@ -91,6 +94,8 @@ class Run:
         self.display.__exit__(*error)
         if self.metrics is not None:
             self.metrics.close()
+        if self.directory is not None and self._untouched and isinstance(error[1], Exception):
+            _remove_empty(self.directory)  # a setting was wrong: the corrected command may use the same name
 
     @property
     def seconds(self) -> float:
@@ -99,6 +104,7 @@ class Run:
 
     def record(self, step: int, numbers: Mapping[str, float | None]) -> None:
         """Metrics and progress of one iteration."""
+        self._untouched = False
         now = time.monotonic()
         since, before = self._rate
         speed = (step - before) / max(now - since, 1e-9)
@@ -113,8 +119,11 @@ class Run:
         return self.directory is not None and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
-        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it."""
-        if self.directory is None or self.metrics is None:
+        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it.
+
+        A step that has its checkpoint is not written again: replacing it could lose the only one to a kill.
+        """
+        if self.directory is None or self.metrics is None or step == self._saved_step:
             return
         state = {
             **described,
@@ -125,7 +134,7 @@ class Run:
             "offsets": self.metrics.offsets(),
         }
         checkpoint.write(self.directory / CHECKPOINTS, step, tensors, state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
 
     def finish(self, step: int, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: the run is complete."""
@@ -169,6 +178,14 @@ def _create(directory: Path, algorithm: str, config: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     described = {"algorithm": algorithm, "config": settings.to_json(config), "versions": versions()}
     _write_atomically(directory / CONFIG, json.dumps(described, indent=1))
+
+
+def _remove_empty(directory: Path) -> None:
+    """Remove a run that never took a step, and nothing that is not a run's."""
+    for path in (directory / CONFIG, *metrics.append_only(directory)):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # someone put something else there
+        directory.rmdir()
 
 
 def _write_atomically(path: Path, text: str) -> None:
