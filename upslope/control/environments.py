@@ -19,7 +19,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from upslope.control import episodes
+from upslope.control import episodes, networks
 from upslope.runs.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ class Environments:
         if self.native:
             episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
             parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
-            self._seen = parts[""] if "" in parts else parts
+            self._seen = parts.get("", parts)
         self.episode, self.length = state["episode"].copy(), state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
         return self._seen
@@ -313,6 +313,7 @@ def make(
         exact = _native_exact(Single(config))
     else:
         factory = Single(config)
+        _refuse_unsupported(factory)
         check = episodes.replay_check(factory)
         exact = check.exact
         if not exact:
@@ -329,6 +330,12 @@ def make(
     if start is not None:
         observation = environments._restore(start)
     return environments, observation
+
+
+def _refuse_unsupported(factory: Single) -> None:
+    env = factory()
+    env.close()
+    networks.refuse_unsupported(env.observation_space)
 
 
 def _choose_native(config: Config) -> bool:
