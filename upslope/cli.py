@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console(width=120).print(_help(), highlight=False)
+        Console(width=120).print(_help(), highlight=False, soft_wrap=True)
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -68,8 +68,12 @@ def methods(arguments: list[str]) -> int:
 def train(arguments: list[str]) -> int:
     """train ALGO --env ID [flags]: train an agent"""
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console().print(f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}", highlight=False)
-        Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False)
+        Console().print(
+            f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False, soft_wrap=True)
         return 0
     algorithm = arguments[0]
     module, kind = _algorithm(algorithm)
@@ -125,7 +129,7 @@ def watch(arguments: list[str]) -> int:
     agent = _load_agent(options.run)
     frames = (frame for frame, _ in agent.frames(options.seed, options.max_steps))
     write_video(frames, options.out, agent.frames_per_second())
-    Console().print(f"film: {options.out}", highlight=False)
+    Console().print(f"film: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -140,7 +144,7 @@ def compare(arguments: list[str]) -> int:
 
     outcomes = plots.compare(options.runs, options.out, options.metric, thresholds=_thresholds(options.runs))
     Console(width=120).print(plots.table(outcomes), highlight=False)
-    Console().print(f"picture: {options.out}", highlight=False)
+    Console().print(f"picture: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -153,7 +157,7 @@ def report(arguments: list[str]) -> int:
 
     out = options.out or options.run / "report.html"
     write_page(options.run, out)
-    Console().print(f"report: {out}", highlight=False)
+    Console().print(f"report: {out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -284,8 +288,9 @@ def _say_where(directory: Path) -> None:
         console.print(
             f"done in {seconds:.0f} s; mean return of the last 100 training episodes: {value:.1f}", highlight=False
         )
-    console.print(f"run: {directory}", highlight=False)
-    console.print(f"next: upslope report {directory} · upslope watch {directory} --out episode.gif", highlight=False)
+    console.print(f"run: {directory}", highlight=False, soft_wrap=True)
+    hint = f"next: upslope report {directory} · upslope watch {directory} --out episode.gif"
+    console.print(hint, highlight=False, soft_wrap=True)
 
 
 def _help() -> str:

@@ -88,9 +88,13 @@ def test_non_finite_numbers_are_located(made: Any, vectorization: str, autoreset
 def test_a_non_finite_first_observation_is_located(made: Any, vectorization: str, autoreset: str) -> None:
     envs = made(vectorization, autoreset)
     play(envs, 2, (1, LENGTH - 1))
-    with pytest.raises(ValueError, match="NaN or infinite observation in environment 2 ") as caught:
+
+    def end_and_go_on() -> None:
         act(envs, 2, RESET)  # ends episode 1
-        envs.step(np.zeros(3, dtype=np.int64))  # where the reset has a row of its own
+        act(envs, 2, 0)  # where the reset has a row of its own
+
+    with pytest.raises(ValueError, match="NaN or infinite observation in environment 2 ") as caught:
+        end_and_go_on()
     assert "at the reset of its episode 2" in str(caught.value)
     assert f"seed {seeds(envs, 2)[2]})" in str(caught.value)
 
@@ -173,7 +177,7 @@ def test_an_environment_that_raises_says_where(made: Any) -> None:
     assert any(entry.name == "step" and entry.path.name == "faulty.py" for entry in caught.traceback)
 
 
-def test_a_worker_that_raises_says_where(made: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_raises_says_where(made: Any, recwarn: pytest.WarningsRecorder) -> None:
     envs = made("async", "disabled")
     play(envs, 2, (1, 2))
     with pytest.raises(RuntimeError, match="the simulator fell over") as caught:
@@ -181,7 +185,7 @@ def test_a_worker_that_raises_says_where(made: Any, capfd: pytest.CaptureFixture
     said = "\n".join(getattr(caught.value, "__notes__", ()))
     for part in ("environment 2", "Faulty-v0", "episode 1", "reset seed", "step 3", "action"):
         assert part in said
-    assert "faulty.py" in said + capfd.readouterr().err  # the worker's own traceback
+    assert any("faulty.py" in str(warning.message) for warning in recwarn)  # the worker's own traceback
 
 
 # Settings
@@ -200,7 +204,7 @@ def test_an_unknown_id_is_answered_with_the_nearest(asked: str, meant: str) -> N
 
 
 def test_an_id_like_no_other() -> None:
-    with pytest.raises(ValueError, match="'qqqqqqqq' is not a registered Gymnasium environment$"):
+    with pytest.raises(ValueError, match=r"'qqqqqqqq' is not a registered Gymnasium environment$"):
         environments.register("qqqqqqqq")
 
 
@@ -229,10 +233,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, environment
 @pytest.mark.parametrize("observation", ["tuple", "text", "graph", "sequence", "dict of tuple"])
 def test_observations_that_are_not_supported(tmp_path: Path, observation: str) -> None:
     space = faulty.SPACES[observation]
-    with pytest.raises(ValueError, match="observation space .* is not supported; allowed: Box"):
+    with pytest.raises(ValueError, match=r"observation space .* is not supported; allowed: Box"):
         networks.encoder(space, 8)
     environment = Config("tests.control.faulty:Odd-v0", 2, "sync", kwargs={"observation": observation})
-    with pytest.raises(ValueError, match="observation space .* is not supported"):
+    with pytest.raises(ValueError, match=r"observation space .* is not supported"):
         ppo.train(small(environment, tmp_path / "run"))
     assert not (tmp_path / "run").exists(), "the next attempt would be told that the directory exists"
 
@@ -246,7 +250,7 @@ def test_pictures_that_are_too_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("action", ["tuple", "text", "integers", "matrix of choices", "dict"])
 def test_actions_that_are_not_supported(tmp_path: Path, action: str) -> None:
     environment = Config("tests.control.faulty:Odd-v0", 2, "sync", kwargs={"action": action})
-    with pytest.raises(ValueError, match="action space .* is not supported; allowed: Discrete"):
+    with pytest.raises(ValueError, match=r"(?s)action space .* is not supported; allowed: Discrete"):
         ppo.train(small(environment, tmp_path / "run"))
     assert not (tmp_path / "run").exists(), "the next attempt would be told that the directory exists"
 

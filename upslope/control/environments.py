@@ -19,7 +19,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from upslope.control import atari, episodes
+from upslope.control import atari, episodes, networks
 from upslope.control.atari import Atari
 from upslope.control.envpool import EnvPool
 from upslope.runs import settings
@@ -275,6 +275,7 @@ def make(
         envs, exact = _native(config, config.num_envs)(), _native_exact(Single(config))
     else:
         factory = Single(config)
+        networks.refuse_unsupported(describe(config)[0])
         check = episodes.replay_check(factory)
         exact = check.exact
         shots = _snapshots(config.num_envs, start)

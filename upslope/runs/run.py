@@ -151,7 +151,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        return json.loads(path.read_text())
+        described = json.loads(path.read_text())
+        if not isinstance(described, dict) or not {"algorithm", "config"} <= described.keys():
+            raise ValueError("it does not name an algorithm and its configuration")
+        return described
     except FileNotFoundError as error:
         raise ValueError(f"{directory} is not a run directory: it has no {CONFIG}") from error
     except ValueError as error:
