@@ -281,6 +281,11 @@ def _load_agent(directory: Path) -> Any:
 
 
 def _say_where(directory: Path) -> None:
+    from upslope.runs import distributed
+
+    distributed.leave()
+    if distributed.rank() > 0:
+        return
     summary = json.loads((directory / "summary.json").read_text())
     console = Console(width=120)
     if summary.get("episode_return") is not None:
