@@ -11,7 +11,8 @@ What each does to a gradient when q = pi_theta is the sampler itself (proved in 
     the loss      0                  grad KL[q, p]      grad KL[p, q]
 
 "In the reward" is detached and weights grad log q; "in the loss" is differentiated. On data of an older policy every
-entry needs the factor pi_theta / pi_old; without it the entries change (S4 A.3.2 omits it).
+entry needs the factor pi_theta / pi_old (S4 A.3.2 omits it), detached: with a live factor, k1 and k3 in the loss both
+give grad KL[q, p].
 """
 
 import torch
@@ -73,7 +74,8 @@ def k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Floa
 def reverse_k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """r log r - (r - 1): estimates KL[p, q], the reverse direction, from the same x ~ q. Unbiased, never negative.
 
-    Gradient, x ~ q = pi_theta, in the loss: that of minus E_q[log r grad r - ...]; see the tests for its exact form.
+    Gradient, x ~ q = pi_theta: in the loss -E_p[log r grad log q], in the reward grad KL[p, q] minus that. Neither alone
+    is the gradient of KL[p, q]; their sum is.
 
     Source: S4 eq 2.3. Units: nats. Raises: as `k3`.
 
