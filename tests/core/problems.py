@@ -97,7 +97,7 @@ def stochastic_episode() -> MDP:
 def undiscounted_episode() -> MDP:
     """gamma 1, reward of the successor too, three actions, no terminal state: only the horizon of 3 ends it."""
     rng = np.random.default_rng(1)
-    move = rng.dirichlet(np.ones(2), size=(2, 3))
+    move = rng.dirichlet(np.full(2, 0.3), size=(2, 3))
     return MDP(move, rng.normal(size=(2, 3, 2)), gamma=1.0, initial=[0.5, 0.5], horizon=3)
 
 

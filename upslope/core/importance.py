@@ -146,9 +146,9 @@ def effective_sample_size(log_weights: Float[Tensor, "*batch samples"]) -> Float
     check.floats(log_weights=log_weights)
     if log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must hold at least one sample, got {check.describe(log_weights)}")
-    size = torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
     check.finite(log_weights, log_weights=log_weights)
-    return size
+    weights = (log_weights - log_weights.amax(-1, keepdim=True)).exp()
+    return weights.sum(-1).square() / weights.square().sum(-1)
 
 
 def _log_weights(logp: Tensor, logp_behavior: Tensor, rewards: Tensor) -> Tensor:
