@@ -137,7 +137,9 @@ def test_identities_on_random_boundaries(case):
     to_go = returns.return_to_go(rewards, following, discounts, continues)
     torch.testing.assert_close(gae(0 * traces), residual, **close)
     torch.testing.assert_close(gae(continues), to_go - values, **close)
-    torch.testing.assert_close(gae(traces) + values, returns.lambda_return(rewards, following, discounts, traces), **close)
+    torch.testing.assert_close(
+        gae(traces) + values, returns.lambda_return(rewards, following, discounts, traces), **close
+    )
     torch.testing.assert_close(
         advantages.baselined_return(rewards, values, following, discounts, continues), to_go - values, **close
     )

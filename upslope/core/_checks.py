@@ -59,7 +59,7 @@ def within(low: float | int, high: float | int, **coefficients: Scalar | Tensor)
             raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def positive(**coefficients: Scalar) -> None:
+def positive(**coefficients: Scalar | Tensor) -> None:
     """0 < value < inf for plain numbers."""
     for name, value in coefficients.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:

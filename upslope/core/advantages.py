@@ -102,6 +102,7 @@ def k_step(
     tensor([0.5000, 0.5000, 2.0000])
     """
     check.floats(rewards=rewards, values=values)
+    check.within(1, 2**62, k=k)
     result = n_step_return(rewards, next_values, discounts, continues, k) - values
     check.finite(result, values=values)
     return result
@@ -170,8 +171,14 @@ def vtrace(
     later = torch.cat([correction[..., 1:], torch.zeros_like(correction[..., :1])], -1)
     result = rho * (rewards + discounts * (following + traces * later) - values)
     targets = values + correction
-    both = targets + result
-    check.finite(both, rewards=rewards, values=values, next_values=following, discounts=discounts, ratios=ratios)
+    check.finite(
+        targets + result + ratios,
+        rewards=rewards,
+        values=values,
+        next_values=following,
+        discounts=discounts,
+        ratios=ratios,
+    )
     return VTrace(targets, result)
 
 
@@ -216,8 +223,8 @@ def leave_one_out(rewards: Float[Tensor, "*prompts group"]) -> Float[Tensor, "*p
     >>> leave_one_out(torch.tensor([0.0, 1.0, 5.0]))
     tensor([-3.0000, -1.5000,  4.5000])
     """
-    size = rewards.shape[-1]
-    return group_relative(rewards, scale="none") * (size / max(size - 1, 1))
+    centred = group_relative(rewards, scale="none")
+    return centred * (rewards.shape[-1] / (rewards.shape[-1] - 1))
 
 
 def process_relative(
@@ -243,7 +250,7 @@ def process_relative(
     check.floats(axes=2, step_rewards=step_rewards)
     if step_ends.shape != step_rewards.shape or step_ends.dtype != torch.int64:
         raise ValueError(
-            f"step_ends must be int64 of shape {list(step_rewards.shape)}, got {check.describe(step_ends)}"
+            f"step_ends must be int64 of step_rewards' shape {list(step_rewards.shape)}, got {check.describe(step_ends)}"
         )
     check.within(1, 2**62, length=length)
     check.within(0, 1, ddof=ddof)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from upslope.core import _checks as check
+from upslope.core._checks import Scalar
 
 Step = int | float | Int64[Tensor, ""] | Float[Tensor, ""]
 
@@ -57,7 +58,7 @@ def robbins_monro(step: Step, scale: float = 1.0, offset: float = 1.0, power: fl
 
 def epsilon_greedy(
     q: Float[Tensor, "*batch actions"],
-    epsilon: float | Float[Tensor, ""],
+    epsilon: Scalar,
     uniform: Float[Tensor, "*batch"],
     random_actions: Int64[Tensor, "*batch"],
 ) -> Int64[Tensor, "*batch"]:
