@@ -80,7 +80,8 @@ def test_shape_checker_finds_wrong_shapes():
 import jaxtyping, torch
 with jaxtyping.install_import_hook("upslope.core", "beartype.beartype"):
     from upslope.core import baselines, returns
-for wrong in (lambda: returns.episode_start(torch.zeros(3, dtype=torch.long)), lambda: baselines.constant(torch.ones(2, 2))):
+integers = torch.zeros(3, dtype=torch.long)
+for wrong in (lambda: returns.episode_start(integers), lambda: baselines.constant(torch.ones(2, 2))):
     try:
         wrong()
     except jaxtyping.TypeCheckError:

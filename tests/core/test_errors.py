@@ -252,9 +252,8 @@ def test_wrong_shapes(f, name):
     value = GOOD[f][name]
     if (name_of(f), name) in FREE:
         pytest.skip("any shape is right")
-    axis = (
-        0 if value.ndim == 3 or f in (kronecker.factors, baselines.minimum_variance) else -1
-    )  # the number of actions, of inputs, is free
+    # The number of actions, inputs or parameters is free: spoil the samples there.
+    axis = 0 if value.ndim == 3 or f in (kronecker.factors, baselines.minimum_variance) else -1
     wrong = value.new_tensor(0.5) if name_of(f) in LONE else torch.cat([value, value.narrow(axis, 0, 1)], axis)
     with pytest.raises(ValueError, match=r"shape|axes|inputs|samples") as caught:
         call(f, **{**GOOD[f], name: wrong})
@@ -270,7 +269,7 @@ def test_nan_and_infinity(f, name, bad):
         pytest.skip("documented: its values are not read, or may be anything")
     value = GOOD[f][name].clone()
     value[(0,) * value.ndim] = bad
-    with pytest.raises(ValueError, match="finite|overflow|positive definite"):
+    with pytest.raises(ValueError, match=r"finite|overflow|positive definite"):
         call(f, **{**GOOD[f], name: value})
 
 
@@ -380,8 +379,12 @@ def test_what_else_is_refused():
     refused("int64", advantages.process_relative, step_ends=ends.float())
     refused("int64", advantages.process_relative, step_ends=ends[:, :2])
     refused("at least 2 steps", advantages.process_relative, step_ends=torch.full((2, 3), -1))
-    refused("at least 2 elements, got 1", advantages.whiten, mask=torch.tensor([[True, False, False], [False] * 3]))
-    refused("at least 2 elements, got 1", advantages.whiten, values=X[:1, :1], mask=None)
+    refused(
+        "at least 2 elements that count, got 1",
+        advantages.whiten,
+        mask=torch.tensor([[True, False, False], [False] * 3]),
+    )
+    refused("at least 2 elements that count, got 1", advantages.whiten, values=X[:1, :1], mask=None)
     refused("decay", baselines.moving_average, decay=1.0)
     refused("decay must be below 1", baselines.moving_average, decay=1)
     for f in (baselines.constant, baselines.moving_average):

@@ -20,7 +20,7 @@ def test_bradley_terry_by_hand_and_its_gradient():
     d = np.array([1.0, -4.0, 960.0])
     np.testing.assert_allclose(loss.detach(), np.logaddexp(0, -d), rtol=1e-12)
     loss.sum().backward()
-    np.testing.assert_allclose(chosen.grad, -1 / (1 + np.exp(d)), rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(chosen.grad, -np.exp(-np.logaddexp(0, d)), rtol=1e-12, atol=1e-300)
     torch.testing.assert_close(rejected.grad, -chosen.grad)
     found = preferences.preference_probability(chosen.detach(), rejected.detach())
     np.testing.assert_allclose(found, np.exp(-np.logaddexp(0, -d)), rtol=1e-12)
@@ -59,7 +59,7 @@ def test_dpo_is_bradley_terry_on_implicit_rewards():
 
 
 def test_dpo_gradient():
-    """-beta sigma(-margin) (grad logp_chosen - grad logp_rejected): DPO eq 7's gradient; the reference has none of use."""
+    """-beta sigma(-margin) (grad logp_chosen - grad logp_rejected): DPO's gradient, below its eq 7."""
     leaves = [x.clone().requires_grad_() for x in LOGPS]
     preferences.dpo(*leaves, beta=0.3).sum().backward()
     margin = 0.3 * ((LOGPS[0] - LOGPS[2]) - (LOGPS[1] - LOGPS[3]))

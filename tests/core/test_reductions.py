@@ -53,7 +53,7 @@ def test_by_hand():
 @pytest.mark.parametrize("name", REDUCTIONS)
 class TestInvariance:
     def test_padding(self, name):
-        """More columns and, but for the fixed length whose rows are counted, more rows of padding: NaN changes nothing."""
+        """More columns and rows of padding, NaN in them, change nothing (the fixed length counts its rows: columns)."""
         x, mask = draw()
         reduce = REDUCTIONS[name]
         wanted, gradient = value_and_gradient(lambda z: reduce(z, mask), x)

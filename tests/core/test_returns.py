@@ -183,7 +183,7 @@ def test_discounted_products_restart_and_total_return_counts_from_the_start():
 
 
 def test_vtrace_against_its_definition():
-    """IMPALA eq 1 term by term: v_s = V(s) + sum_t gamma^{t-s} (prod_{i<t} c_i) rho_t delta_t, caps binding, lam 0.7."""
+    """IMPALA eq 1 term by term, caps binding: v_s = V(s) + sum_t gamma^{t-s} (prod_{i<t} c_i) rho_t delta_t."""
     rng = np.random.default_rng(3)
     time, gamma, lam, rho_bar, c_bar = 12, 0.9, 0.7, 1.3, 0.8
     rewards, values, following = (rng.normal(size=time) for _ in range(3))

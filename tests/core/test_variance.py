@@ -1,8 +1,8 @@
 """Exact variances of every Psi and baseline, by enumeration: where the documents' order holds, and where it reverses.
 
-S4 2.2.4, A.1 and 2.3.1 and S3 7.4.2 order the estimators: causality lowers the variance, then a baseline, then Q in place of
-a sampled return; the advantage is said to be least. None of these steps is a theorem. `orderly` is an MDP on which all hold;
-each step has a small MDP below on which it reverses, most with variances that fit on a line of paper.
+S4 2.2.4, A.1 and 2.3.1 and S3 7.4.2 order the estimators: causality lowers the variance, then a baseline, then Q in
+place of a sampled return; the advantage is said to be least. None of these steps is a theorem. `orderly` is an MDP on
+which all hold; each step has a small MDP below on which it reverses, most of them to be checked on paper.
 """
 
 from typing import NamedTuple

@@ -249,9 +249,8 @@ def process_relative(
     """
     check.floats(axes=2, step_rewards=step_rewards)
     if step_ends.shape != step_rewards.shape or step_ends.dtype != torch.int64:
-        raise ValueError(
-            f"step_ends must be int64 of step_rewards' shape {list(step_rewards.shape)}, got {check.describe(step_ends)}"
-        )
+        shape = list(step_rewards.shape)
+        raise ValueError(f"step_ends must be int64 of step_rewards' shape {shape}, got {check.describe(step_ends)}")
     check.within(1, 2**62, length=length)
     check.within(0, 1, ddof=ddof)
     check.within(0, math.inf, eps=eps)
@@ -289,19 +288,16 @@ def whiten(
     check.floats(axes=0, values=values)
     check.within(0, math.inf, eps=eps)
     if mask is None:
-        count, kept = values.numel(), values
-        mean = kept.mean()
-        spread = kept.std()
-        equal = kept.amax() == kept.amin()
+        count = values.numel()
     else:
         check.boolean(values.shape, mask=mask)
         count = int(mask.sum()) if check.readable(mask) else 2
-        kept = values.masked_fill(~mask, 0.0)
     if count < 2:
-        raise ValueError(f"whiten needs at least 2 elements, got {count}")
+        raise ValueError(f"values must have at least 2 elements that count, got {count}")
     if mask is not None:
-        return _standardise(kept, mask, 1, eps, shift_mean)
-    scaled = ((kept - mean) / (spread + eps)).masked_fill(equal, 0.0)
+        return _standardise(values.masked_fill(~mask, 0.0), mask, 1, eps, shift_mean)
+    mean, equal = values.mean(), values.amax() == values.amin()
+    scaled = ((values - mean) / (values.std() + eps)).masked_fill(equal, 0.0)
     check.finite(scaled, values=values)
     return scaled if shift_mean else scaled + mean
 

@@ -74,8 +74,8 @@ def k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Floa
 def reverse_k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """r log r - (r - 1): estimates KL[p, q], the reverse direction, from the same x ~ q. Unbiased, never negative.
 
-    Gradient, x ~ q = pi_theta: in the loss -E_p[log r grad log q], in the reward grad KL[p, q] minus that. Neither alone
-    is the gradient of KL[p, q]; their sum is.
+    Gradient, x ~ q = pi_theta: in the loss -E_p[log r grad log q], in the reward grad KL[p, q] minus that. Neither
+    alone is the gradient of KL[p, q]; their sum is.
 
     Source: S4 eq 2.3. Units: nats. Raises: as `k3`.
 

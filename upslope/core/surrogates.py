@@ -212,7 +212,8 @@ def kl_penalised(
     The direction is the caller's: KL[pi_old, pi] in TRPO and PPO (S2 eq 18 leaves it open), KL[pi, pi_ref] in S4
     eq 3.14.
 
-    Source: S2 eq 18, S3 algorithm 10, S4 2.4.2, 3.14. Units: those of the surrogate; kl in nats. Raises: ValueError on shapes that differ, negative beta, NaN or infinity.
+    Source: S2 eq 18, S3 algorithm 10, S4 2.4.2, 3.14. Units: those of the surrogate; kl in nats.
+    Raises: ValueError on shapes that differ, negative beta, NaN or infinity.
 
     >>> kl_penalised(torch.tensor([1.0]), torch.tensor([0.5]), beta=0.1)
     tensor([0.9500])
@@ -229,7 +230,8 @@ def entropy_bonus(
 ) -> Float[Tensor, "*shape"]:
     """L + coef H, per element: exploration.
 
-    Source: S3 eq 26, S4 eq 2.18; for completions S4 3.3 ("My Thoughts"). Units: those of the surrogate; entropy in nats. Raises: as `kl_penalised`.
+    Source: S3 eq 26, S4 eq 2.18; for completions S4 3.3 ("My Thoughts"). Units: those of the surrogate; entropy in
+    nats. Raises: as `kl_penalised`.
 
     >>> entropy_bonus(torch.tensor([1.0]), torch.tensor([0.5]), coef=0.1)
     tensor([1.0500])
