@@ -22,6 +22,7 @@ if not any(name.startswith("upslope.core.") for name in sys.modules):
 @pytest.fixture
 def as_users_see_it():
     """Without the shape checker, which users do not have: what is refused must be refused by core itself."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)

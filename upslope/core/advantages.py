@@ -51,7 +51,7 @@ def td_residual(
     check.floats(rewards=rewards, values=values, next_values=next_values, discounts=discounts)
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     residual = rewards + ahead - values
-    check.finite(residual, rewards=rewards, values=values, next_values=ahead, discounts=discounts)
+    check.finite(residual, rewards=rewards, values=values, discounts=discounts, next_values=ahead)
     return residual
 
 
@@ -78,7 +78,7 @@ def gae(
     check.floats(rewards=rewards, values=values, next_values=next_values, discounts=discounts, traces=traces)
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     result = scan(discounts * traces, rewards + ahead - values)
-    check.finite(result, rewards=rewards, values=values, next_values=ahead, discounts=discounts, traces=traces)
+    check.finite(result, rewards=rewards, values=values, discounts=discounts, traces=traces, next_values=ahead)
     return result
 
 
@@ -171,14 +171,8 @@ def vtrace(
     later = torch.cat([correction[..., 1:], torch.zeros_like(correction[..., :1])], -1)
     result = rho * (rewards + discounts * (following + traces * later) - values)
     targets = values + correction
-    check.finite(
-        targets + result + ratios,
-        rewards=rewards,
-        values=values,
-        next_values=following,
-        discounts=discounts,
-        ratios=ratios,
-    )
+    given = {"rewards": rewards, "values": values, "next_values": following, "discounts": discounts}
+    check.finite(targets + result + ratios, **given, traces=traces, ratios=ratios)
     return VTrace(targets, result)
 
 
@@ -260,12 +254,12 @@ def process_relative(
             raise ValueError(f"step_ends must be in [-1, {length}), got {step_ends.min()} to {step_ends.max()}")
         if int(counts.sum()) < 2:
             raise ValueError(f"step_ends must mark at least 2 steps in the group, got {int(counts.sum())}")
-    normalised = _standardise(step_rewards.masked_fill(~counts, 0.0), counts, ddof, eps)
+    kept = step_rewards.masked_fill(~counts, 0.0)
+    check.finite(kept, step_rewards=kept)
+    normalised = _standardise(kept, counts, ddof, eps)
     at_ends = step_rewards.new_zeros(step_rewards.shape[0], length)
     at_ends = at_ends.scatter_add(-1, step_ends.clamp(min=0), normalised)
-    result = at_ends.flip(-1).cumsum(-1).flip(-1)
-    check.finite(result, step_rewards=step_rewards.masked_fill(~counts, 0.0))
-    return result
+    return at_ends.flip(-1).cumsum(-1).flip(-1)
 
 
 def whiten(
@@ -295,7 +289,9 @@ def whiten(
     if count < 2:
         raise ValueError(f"values must have at least 2 elements that count, got {count}")
     if mask is not None:
-        return _standardise(values.masked_fill(~mask, 0.0), mask, 1, eps, shift_mean)
+        kept = values.masked_fill(~mask, 0.0)
+        check.finite(kept, values=kept)
+        return _standardise(kept, mask, 1, eps, shift_mean)
     mean, equal = values.mean(), values.amax() == values.amin()
     scaled = ((values - mean) / (values.std() + eps)).masked_fill(equal, 0.0)
     check.finite(scaled, values=values)
@@ -326,7 +322,6 @@ def _standardise(
     spread = (centred.square().sum() / (count - ddof)).sqrt()
     equal = kept.masked_fill(~mask, -math.inf).amax() == kept.masked_fill(~mask, math.inf).amin()
     scaled = (centred / (spread + eps)).masked_fill(equal, 0.0)
-    check.finite(scaled, values=kept)
     return scaled if shift_mean else (scaled + mean).masked_fill(~mask, 0.0)
 
 

@@ -108,7 +108,8 @@ def noisy_linear(
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x must have {weight.shape[-1]} inputs, got {check.describe(x)}")
     y = torch.nn.functional.linear(x, weight + weight_scale * weight_noise, bias + bias_scale * bias_noise)
-    check.finite(y, x=x, weight=weight, weight_scale=weight_scale, weight_noise=weight_noise)
+    given = {"weight": weight, "weight_scale": weight_scale, "weight_noise": weight_noise}
+    check.finite(y, x=x, **given, bias=bias, bias_scale=bias_scale, bias_noise=bias_noise)
     return y
 
 

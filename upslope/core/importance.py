@@ -44,7 +44,7 @@ def trajectory(
     log_weights = _log_weights(logp, logp_behavior)
     whole = _log_products(log_weights, continues) + scan(continues, log_weights) - log_weights
     psi = whole.exp() * total_return(rewards, torch.zeros_like(rewards), discounts, continues)
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards)
+    check.finite(psi, rewards=rewards)
     return psi
 
 
@@ -72,7 +72,7 @@ def causal(
     following = torch.cat([log_weights[..., 1:], torch.zeros_like(log_weights[..., :1])], -1).exp()
     to_go = scan(discounts * continues * following, rewards)
     psi = _log_products(log_weights, continues).exp() * to_go
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts)
+    check.finite(psi, rewards=rewards, discounts=discounts, continues=continues, weights=following)
     return psi
 
 
@@ -97,7 +97,7 @@ def simplified_causal(
     log_weights = _log_weights(logp, logp_behavior)
     to_go = return_to_go(rewards, torch.zeros_like(rewards), discounts, continues)
     psi = _log_products(log_weights, continues).exp() * to_go
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards)
+    check.finite(psi, rewards=rewards)
     return psi
 
 
@@ -116,7 +116,7 @@ def first_order(
     """
     check.floats(0, logp=logp, logp_behavior=logp_behavior, q=q)
     psi = _log_weights(logp, logp_behavior).exp() * q
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, q=q)
+    check.finite(psi, q=q)
     return psi
 
 

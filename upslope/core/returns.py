@@ -72,7 +72,7 @@ def lambda_return(
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     bootstrap = torch.cat([1 - traces[..., :-1], torch.ones_like(traces[..., -1:])], -1)
     target = scan(discounts * traces, torch.addcmul(rewards, bootstrap, ahead))
-    check.finite(target, rewards=rewards, next_values=ahead, discounts=discounts, traces=traces)
+    check.finite(target, rewards=rewards, discounts=discounts, traces=traces, next_values=ahead)
     return target
 
 
@@ -123,7 +123,7 @@ def n_step_return(
     for _ in range(n - 1):
         later = torch.cat([target[..., 1:], beyond[..., -1:]], -1)
         target = rewards + discounts * torch.lerp(beyond, later, continues)
-    check.finite(target, rewards=rewards, next_values=beyond, discounts=discounts, continues=continues)
+    check.finite(target, rewards=rewards, discounts=discounts, continues=continues, next_values=beyond)
     return target
 
 
