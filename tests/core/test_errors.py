@@ -261,6 +261,141 @@ def test_wrong_shapes(f, name):
     assert any(given in str(caught.value) for given in (*GOOD[f], "b must"))
 
 
+def stacked(value, times):
+    """The same call twice as many rows: arguments along a new first axis, the second a changed copy."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.stack([value * scale for scale in times])
+    return torch.stack([value.flip(-1) if scale != 1 else value for scale in times])
+
+
+ALONE = {"kronecker", "trust_region", "baselines", "reductions"}  # vectors, matrices, or a sum over all axes
+ALL_AXES = {
+    *("advantages.whiten", "advantages.process_relative", "surrogates.clip_fraction", "values.proximal"),
+    *("preferences.centred", "exploration.noisy_linear", "exploration.factorised_noise"),
+    *("exploration.linear_schedule", "exploration.exponential_schedule", "exploration.robbins_monro"),
+}
+
+
+@pytest.mark.parametrize(
+    "f", [f for f in GOOD if name_of(f) not in ALL_AXES and name_of(f).split(".")[0] not in ALONE], ids=name_of
+)
+def test_every_other_axis_is_batch(f):
+    """Stacked calls give the stacked results, with axes before time (or actions, or group), and with none."""
+    scales, leaves = (1.0, 0.5), torch.utils._pytree.tree_leaves
+    whole = f(**{k: stacked(v, scales) for k, v in GOOD[f].items()})
+    for i in range(2):
+        part = f(**{k: stacked(v, scales)[i] if isinstance(v, torch.Tensor) else v for k, v in GOOD[f].items()})
+        for one, all_ in zip(leaves(part), leaves(whole), strict=True):
+            torch.testing.assert_close(all_[i], one)
+    if f is returns.boundaries or f is advantages.length_adaptive_lambda:
+        return
+    row = f(**{k: v[0] if isinstance(v, torch.Tensor) else v for k, v in GOOD[f].items()})
+    full = f(**GOOD[f])
+    for one, all_ in zip(leaves(row), leaves(full), strict=True):
+        torch.testing.assert_close(all_[0], one)
+
+
+ELEMENTWISE = [
+    *(advantages.advantage, importance.first_order, importance.truncated, values.squared_error, values.huber),
+    *(values.clipped_squared_error, values.td_target, values.soft_value, values.soft_target, values.polyak),
+    *(surrogates.log_prob, surrogates.ratio, surrogates.clipped, surrogates.clipped_ratio, surrogates.dual_clip),
+    *(surrogates.cispo, surrogates.decoupled, surrogates.kl_penalised, surrogates.entropy_bonus),
+    *(divergences.k1, divergences.k2, divergences.k3, divergences.reverse_k3, preferences.bradley_terry),
+    *(preferences.preference_probability, preferences.implicit_reward, preferences.dpo, preferences.ipo),
+]
+
+
+@pytest.mark.parametrize("f", ELEMENTWISE, ids=name_of)
+def test_elementwise_functions_take_single_numbers(f):
+    one = f(**{k: v[1, 2] if isinstance(v, torch.Tensor) else v for k, v in GOOD[f].items()})
+    torch.testing.assert_close(one, f(**GOOD[f])[1, 2])
+
+
+def test_other_functions_take_single_numbers_where_they_can():
+    scalar = torch.tensor(0.5)
+    assert reductions.token_mean(scalar) == 0.5
+    assert advantages.whiten(torch.tensor([1.0, 1.0])).tolist() == [0.0, 0.0]
+    assert baselines.moving_average(baselines.MovingAverage(), scalar, 0.9).mean == 0.5
+    assert surrogates.clip_fraction(scalar, scalar, 0.2, 0.2) == 0.0
+    assert preferences.centred(scalar, ROW) == 0.5 - ROW.mean()
+    assert values.q_target(scalar, Q[0, 0], scalar) == 0.5 + 0.5 * Q[0, 0].max()
+    assert values.dueling(scalar, torch.tensor([1.0, 3.0])).tolist() == [-0.5, 1.5]
+    assert values.soft_q_target(scalar, Q[0, 0], 0, scalar) == 0.5 + 0.5 * Q[0, 0].max()
+    assert exploration.epsilon_greedy(Q[0, 0], 0.0, scalar, torch.tensor(0)) == Q[0, 0].argmax()
+    assert torch.equal(surrogates.sequence_ratio(X[0], X[0]), torch.tensor(1.0))
+
+
+# Documented defaults: leaving one out is giving it.
+DEFAULTS = {
+    advantages.vtrace: {"rho_bar": 1.0, "c_bar": 1.0},
+    advantages.group_relative: {"scale": "group", "ddof": 1, "eps": 1e-4},
+    advantages.process_relative: {"ddof": 1, "eps": 1e-4},
+    advantages.whiten: {"mask": None, "shift_mean": True, "eps": 1e-8},
+    advantages.length_adaptive_lambda: {"alpha": 0.05},
+    baselines.time_dependent: {"mask": None},
+    baselines.minimum_variance: {"per_parameter": False},
+    surrogates.clipped: CLIPS,
+    surrogates.clipped_ratio: CLIPS,
+    surrogates.dual_clip: {**CLIPS, "clip_dual": 3.0},
+    surrogates.cispo: {"clip_low": 1.0, "clip_high": 0.2},
+    surrogates.decoupled: {**CLIPS, "cap": 2.0},
+    surrogates.sequence_ratio: {"mask": None, "length_normalised": False, "log_clamp": 20.0},
+    surrogates.clip_fraction: {"mask": None},
+    values.huber: {"threshold": 1.0},
+    trust_region.fisher_operator: {"damping": 0.0},
+    trust_region.fisher_vector_product: {"damping": 0.0},
+    trust_region.conjugate_gradient: {"iterations": 10, "tolerance": 1e-10},
+    trust_region.natural_gradient: {"iterations": 10, "tolerance": 1e-10},
+    trust_region.natural_step: {"iterations": 10},
+    trust_region.linear_quadratic_step: {"iterations": 10},
+    trust_region.line_search: {"shrink": 0.5, "max_backtracks": 10, "accept_ratio": 0.1},
+    trust_region.modular_rl: {"coef": 1.0},
+    trust_region.ppo_paper: {"coef": 1.0},
+    trust_region.lecture: {"coef": 1.0},
+    kronecker.factors: {"bias": True},
+    preferences.dpo: {"label_smoothing": 0.0},
+    exploration.robbins_monro: {"scale": 1.0, "offset": 1.0, "power": 1.0},
+    reductions.token_mean: {"mask": None, "total": None},
+    reductions.sequence_mean: {"mask": None, "total": None},
+    reductions.fixed_length_mean: {"total": None},
+    returns.boundaries: {"dtype": torch.float32},
+}
+# Arguments that make every default felt.
+HARD = torch.diag(torch.logspace(0, 6, 40, dtype=torch.float64))
+FELT = {
+    "ratios": torch.tensor([[3.0, 0.1, 1.1], [9.0, 0.01, 0.9]]),
+    "logp": torch.tensor([[1.2, -2.0, 0.1], [2.2, -5.0, -0.1]]),
+    "logp_old": torch.zeros(2, 3),
+    "logp_behavior": torch.tensor([[-3.0, 0.5, 0.1], [2.2, 0.5, -0.1]]),
+    "psi": torch.tensor([[-1.0, 1.0, -0.1], [1.0, -1.0, 0.1]]),
+    "product": lambda v: HARD @ v,
+    "b": torch.ones(40, dtype=torch.float64),
+    "gradient": torch.ones(40, dtype=torch.float64),
+    "lengths": torch.tensor([30.0, 300.0]),
+    "targets": torch.tensor([[5.0, -5.0, 0.1], [1.5, 2.5, -0.1]]),
+    "evaluate": lambda x: (0.1 * x.sum() if x.sum() < 0.9 else -x.sum(), 0.0),
+    "theta": torch.zeros(1),
+    "step": torch.ones(1),
+    "vector": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize(
+    ("f", "name"), [pytest.param(f, n, id=f"{name_of(f)}-{n}") for f in DEFAULTS for n in DEFAULTS[f]]
+)
+def test_defaults_are_the_documented_ones(f, name):
+    given = {k: FELT.get(k, v) for k, v in GOOD[f].items() if k not in DEFAULTS[f] and k != "*"}
+    if f is trust_region.line_search:
+        given |= {"step": ONE[:1]}
+    left_out, in_full = f(**given), f(**given, **{name: DEFAULTS[f][name]})
+    if f is trust_region.fisher_operator:
+        left_out, in_full = left_out(given["theta"] + 1), in_full(given["theta"] + 1)
+    for one, other in zip(*(torch.utils._pytree.tree_leaves(x) for x in (left_out, in_full)), strict=True):
+        assert one == other if not isinstance(one, torch.Tensor) else torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("f", "name"), rows("tensor"))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_infinity(f, name, bad):

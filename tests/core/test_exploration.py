@@ -13,6 +13,8 @@ def test_schedules():
     assert [exploration.linear_schedule(t, 1.0, 0.2, 4) for t in (0, 1, 4, 9)] == pytest.approx([1.0, 0.8, 0.2, 0.2])
     found = [exploration.exponential_schedule(t, 1.0, 0.01, 2) for t in (0, 1, 2, 5)]
     assert found == pytest.approx([1.0, 0.1, 0.01, 0.01])
+    assert exploration.exponential_schedule(1, 4.0, 0.25, 2) == pytest.approx(1.0)
+    assert exploration.exponential_schedule(1, 4.0, 0.25, 1) == exploration.linear_schedule(1, 4.0, 0.25, 1) == 0.25
     step = torch.tensor(1)
     assert exploration.linear_schedule(step, 1.0, 0.2, 4).item() == pytest.approx(0.8)
     assert exploration.exponential_schedule(torch.tensor(7.0), 1.0, 0.01, 2).item() == pytest.approx(0.01)

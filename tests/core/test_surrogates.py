@@ -116,6 +116,8 @@ def test_sequence_ratio():
     np.testing.assert_allclose(surrogates.sequence_ratio(logp[1:], old[1:], None, True), np.exp([-0.1]))
     nothing = torch.zeros_like(mask)
     assert surrogates.sequence_ratio(logp, old, nothing, True).tolist() == [1.0, 1.0]
+    one = torch.tensor([[True, False, False], [False, True, False]])
+    np.testing.assert_allclose(surrogates.sequence_ratio(logp, old, one, True), np.exp([0.2, 0.1]))
     swapped = surrogates.sequence_ratio(old, logp, mask)
     np.testing.assert_allclose(swapped, np.exp([-0.5, 0.3]))
 
@@ -147,4 +149,5 @@ def test_clip_fraction():
     mask = torch.tensor([True, False, True, True, False, False])
     assert surrogates.clip_fraction(logp, torch.zeros(6), 0.2, 0.3, mask).item() == pytest.approx(1 / 3)
     assert surrogates.clip_fraction(torch.zeros(6), logp, 0.2, 0.3).item() == pytest.approx(3 / 6)  # 1/rho
+    assert surrogates.clip_fraction(logp, logp.detach() + 0.01, 0.2, 0.3).item() == 0.0
     assert surrogates.clip_fraction(torch.zeros(2), torch.zeros(2), 0.0, 0.0).item() == 0.0  # the bound is inside

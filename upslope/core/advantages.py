@@ -102,7 +102,7 @@ def k_step(
     tensor([0.5000, 0.5000, 2.0000])
     """
     check.floats(rewards=rewards, values=values)
-    check.within(1, 2**62, k=k)
+    check.count(k=k)
     result = n_step_return(rewards, next_values, discounts, continues, k) - values
     check.finite(result, values=values)
     return result
@@ -245,7 +245,7 @@ def process_relative(
     if step_ends.shape != step_rewards.shape or step_ends.dtype != torch.int64:
         shape = list(step_rewards.shape)
         raise ValueError(f"step_ends must be int64 of step_rewards' shape {shape}, got {check.describe(step_ends)}")
-    check.within(1, 2**62, length=length)
+    check.count(length=length)
     check.within(0, 1, ddof=ddof)
     check.within(0, math.inf, eps=eps)
     counts = step_ends >= 0

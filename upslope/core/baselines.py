@@ -106,7 +106,7 @@ def minimum_variance(
     tensor([19.,  0.])
     """
     check.floats(2, scores=scores)
-    check.floats(episode_returns=episode_returns, score_of_one_parameter=scores.sum(-1))
+    check.beneath(scores=scores, episode_returns=episode_returns)
     _not_empty(episode_returns)
     weights = scores.square()
     if not per_parameter:

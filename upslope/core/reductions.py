@@ -80,7 +80,7 @@ def fixed_length_mean(
     tensor(1.5000)
     """
     check.floats(x=x)
-    check.within(1, 2**62, length=length)
+    check.count(length=length)
     if total is None:
         _count(x, mask)
         total = x[..., 0].numel()

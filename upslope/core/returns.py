@@ -115,7 +115,7 @@ def n_step_return(
     tensor([3.5000, 3.5000, 5.0000])
     """
     check.floats(rewards=rewards, next_values=next_values, discounts=discounts, continues=continues)
-    check.within(1, 2**62, n=n)
+    check.count(n=n)
     if n >= rewards.shape[-1]:
         return return_to_go(rewards, next_values, discounts, continues)
     beyond = next_values.masked_fill(discounts == 0, 0.0)

@@ -136,7 +136,7 @@ def double_q_target(
     tensor([4.])
     """
     check.floats(next_q_online=next_q_online, next_q_target=next_q_target)
-    check.floats(0, rewards=rewards, discounts=discounts, next_q_of_one_action=next_q_online[..., 0])
+    check.beneath(next_q_online=next_q_online, rewards=rewards, discounts=discounts)
     ended = (discounts == 0).unsqueeze(-1)
     online, judge = next_q_online.masked_fill(ended, 0.0), next_q_target.masked_fill(ended, 0.0)
     check.finite(online + judge, next_q_online=online, next_q_target=judge)
@@ -236,8 +236,7 @@ def soft_q_target(
     >>> soft_q_target(torch.ones(1), torch.zeros(1, 2), 2.0, torch.tensor([0.5]))
     tensor([1.6931])
     """
-    check.floats(next_q=next_q)
-    check.floats(0, rewards=rewards, discounts=discounts, next_q_of_one_action=next_q[..., 0])
+    check.beneath(next_q=next_q, rewards=rewards, discounts=discounts)
     following = softmax_value(next_q.masked_fill((discounts == 0).unsqueeze(-1), 0.0), alpha)
     return td_target(rewards, following, discounts)
 
@@ -267,8 +266,7 @@ def dueling(
     >>> dueling(torch.tensor([1.0]), torch.tensor([[0.0, 2.0]]))
     tensor([[0., 2.]])
     """
-    check.floats(advantages=advantages)
-    check.floats(0, values=values, advantages_of_one_action=advantages[..., 0])
+    check.beneath(advantages=advantages, values=values)
     q = values.unsqueeze(-1) + advantages - advantages.mean(-1, keepdim=True)
     check.finite(q, values=values, advantages=advantages)
     return q
