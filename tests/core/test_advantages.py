@@ -18,6 +18,8 @@ def test_group_relative_by_hand():
     np.testing.assert_allclose(advantages.group_relative(rewards, scale="none")[0], deviations, rtol=1e-12)
     batch = advantages.group_relative(rewards, scale="batch")
     np.testing.assert_allclose(batch[0], deviations / (rewards.numpy().std(ddof=1) + 1e-4), rtol=1e-12)
+    batch = advantages.group_relative(rewards, scale="batch", ddof=0, eps=0.5)
+    np.testing.assert_allclose(batch[0], deviations / (rewards.numpy().std(ddof=0) + 0.5), rtol=1e-12)
     for scale in ("group", "batch", "none"):
         assert advantages.group_relative(rewards, scale=scale)[1].tolist() == [0.0, 0.0, 0.0]  # exactly
 
@@ -30,8 +32,10 @@ def test_equal_rewards_give_exactly_zero(value, eps):
     for scale in ("group", "batch", "none"):
         assert (advantages.group_relative(rewards, scale=scale, eps=eps) == 0).all()
     assert (advantages.leave_one_out(rewards) == 0).all()
-    assert (advantages.whiten(rewards, eps=eps) == 0).all()
+    assert (advantages.whiten(rewards) == 0).all()
     assert (advantages.whiten(rewards, rewards > 0, eps=eps) == 0).all()
+    part = torch.arange(14).view(2, 7) % 3 != 0
+    assert (advantages.whiten(rewards, part, eps=eps) == 0).all()
     ends = torch.arange(7).expand(2, 7).contiguous()
     assert (advantages.process_relative(rewards, ends, 7, eps=eps) == 0).all()
 

@@ -527,7 +527,7 @@ def test_what_else_is_refused():
     ends = torch.tensor([[0, 1, 3], [1, 2, -1]])
     refused(r"step_ends must be in \[-1, 3\), got -1 to 3", advantages.process_relative, length=3)
     refused(r"step_ends must be in", advantages.process_relative, step_ends=ends - 1)
-    refused("int64", advantages.process_relative, step_ends=ends.float())
+    refused(r"int64 of step_rewards' shape \[2, 3\]", advantages.process_relative, step_ends=ends.float())
     refused("int64", advantages.process_relative, step_ends=ends[:, :2])
     refused("at least 2 steps", advantages.process_relative, step_ends=torch.full((2, 3), -1))
     refused(

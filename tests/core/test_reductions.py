@@ -50,6 +50,15 @@ def test_by_hand():
     assert reductions.token_mean(full, total=8).item() == 2.0
 
 
+def test_several_batch_axes_and_a_single_token():
+    x, mask = draw()
+    boxed = x.view(2, 6, 9), mask.view(2, 6, 9)
+    for reduce in REDUCTIONS.values():
+        torch.testing.assert_close(reduce(*boxed), reduce(x, mask), **TIGHT)
+    token = torch.tensor([[3.0], [5.0]])
+    assert [reductions.sequence_mean(token).item(), reductions.fixed_length_mean(token, None, 4).item()] == [4.0, 1.0]
+
+
 @pytest.mark.parametrize("name", REDUCTIONS)
 class TestInvariance:
     def test_padding(self, name):

@@ -44,6 +44,12 @@ def test_clipped_ratio(rho, psi, value, slope):
         assert (again[0].item(), again[1].item()) == pytest.approx((value, slope))
 
 
+def test_clips_keep_float64():
+    rho, psi = torch.tensor([3.0, 0.1], dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert surrogates.clipped(rho, psi, 0.2, 0.28).tolist() == [1.28, -0.8]
+    assert surrogates.clipped(torch.ones(1), torch.zeros(1)).tolist() == [0.0]
+
+
 def test_default_clips_are_the_papers():
     rho, psi = torch.tensor([1.5, 0.5]), torch.tensor([1.0, -1.0])
     for f in (surrogates.clipped_ratio, surrogates.dual_clip):

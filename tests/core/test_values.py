@@ -37,6 +37,7 @@ def test_huber(threshold):
         e.clamp(-threshold, threshold).tolist()
     )
     assert values.huber(doubles(3.0), doubles(0.0)).item() == 2.5
+    assert values.huber(doubles(3.0), doubles(2.5)).item() == 0.125
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,7 @@ def test_soft_values():
     assert slope(lambda x: values.soft_value(x, q1 + 1, logp, 0.5), q1) == [1.0]  # SAC's actor loss needs it live
     q = torch.tensor([[1.0, 3.0, -2.0]], dtype=torch.float64)
     assert values.softmax_value(q, 0).item() == 3.0
+    assert values.softmax_value(torch.cat([q, q - 1]), 0).tolist() == [3.0, 2.0]
     assert values.softmax_value(q, 1e-3).item() == pytest.approx(3.0, abs=1e-9)
     probs = (q / 0.8).softmax(-1)
     by_definition = (probs * (q - 0.8 * probs.log())).sum()  # E[Q] + alpha H of the policy exp(Q/alpha)/Z

@@ -1,16 +1,17 @@
 """θ is one vector: an `nn.Module` as a pure function of one contiguous tensor.
 
 The papers write θ ∈ R^d, and so do the algorithm files: `net(theta, observation)`. Clipping is then one norm, Adam a
-handful of vector operations, a natural gradient vector algebra, a checkpoint one tensor with a table of names and shapes.
+handful of vector operations, a natural gradient vector algebra, a checkpoint one tensor and a table of names.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Extra = TypeVar("Extra")
 ALIGNMENT = 16  # elements: float32 segments start on 64-byte boundaries, where vector loads are fastest
 
 
@@ -37,8 +38,8 @@ class Layout(NamedTuple):
 class Net:
     """A pure function of θ and its inputs, made from a module.
 
-    The module is a skeleton: its own parameters give θ's first value and its layout and are then never read. For a θ that
-    was `bind`-ed, the parameters and gradients are views of two flat buffers, which is the fastest way to run eagerly; any
+    The module is a skeleton: its own parameters give θ's first value and its layout and are then never read. For a θ
+    that was `bind`-ed, parameters and gradients are views of two flat buffers, the fastest way to run eagerly; any
     other tensor (also one under `torch.func` or `torch.compile`) goes through `torch.func.functional_call`.
     """
 
@@ -90,19 +91,18 @@ class Net:
         return torch.func.functional_call(self.module, self.views(theta), inputs)
 
     def gradient(
-        self, objective: Callable[..., tuple[Tensor, dict[str, Tensor]]], theta: Float[Tensor, " d"], *inputs: Any
-    ) -> tuple[Float[Tensor, " d"], Tensor, dict[str, Tensor]]:
-        """∇_θ objective(θ, *inputs) for a bound θ, with the objective's value and diagnostics.
+        self, objective: Callable[..., tuple[Tensor, Extra]], theta: Float[Tensor, " d"], *inputs: Any
+    ) -> tuple[Float[Tensor, " d"], Tensor, Extra]:
+        """∇_θ objective(θ, *inputs) for a bound θ, with the objective's value and whatever it returns beside it.
 
         The gradient lies in a buffer that the next call overwrites.
         """
         if theta is not self._bound or self._gradient is None:
             raise ValueError("theta: gradients are taken at the tensor given to bind()")
         self._gradient.zero_()
-        with torch.enable_grad():
-            value, numbers = objective(theta, *inputs)
-            value.backward()
-        return self._gradient, value.detach(), numbers
+        value, extra = objective(theta, *inputs)
+        value.backward()
+        return self._gradient, value.detach(), extra
 
 
 def _lay_out(module: nn.Module) -> tuple[Layout, list[int]]:

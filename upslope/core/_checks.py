@@ -45,7 +45,7 @@ def floats(axes: int = 1, **tensors: Tensor) -> None:
 def beneath(**tensors: Tensor) -> None:
     """Floating point; the first is [*batch, n], every other one [*batch]."""
     first, *others = tensors.items()
-    floats(**dict([first]))
+    floats(1, **{first[0]: first[1]})
     for name, tensor in others:
         floats(0, **{name: tensor})
         if tensor.shape != first[1].shape[:-1]:

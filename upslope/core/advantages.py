@@ -292,8 +292,8 @@ def whiten(
         kept = values.masked_fill(~mask, 0.0)
         check.finite(kept, values=kept)
         return _standardise(kept, mask, 1, eps, shift_mean)
-    mean, equal = values.mean(), values.amax() == values.amin()
-    scaled = ((values - mean) / (values.std() + eps)).masked_fill(equal, 0.0)
+    spread, mean = torch.std_mean(values)  # Welford's: of equal elements the mean is exact and the spread 0
+    scaled = (values - mean) / (spread + eps)
     check.finite(scaled, values=values)
     return scaled if shift_mean else scaled + mean
 

@@ -27,10 +27,12 @@ def token_mean(
     """
     check.floats(0, x=x)
     if total is None:
-        total = _count(x, mask)
+        count = _count(x, mask)
+        # One operation where one will do: this ends every gradient step.
+        reduced = x.mean() if mask is None else _kept(x, mask).sum() / count
     else:
         check.positive(total=total)
-    reduced = _kept(x, mask).sum() / total
+        reduced = _kept(x, mask).sum() / total
     check.finite(reduced, x=x)
     return reduced
 

@@ -67,7 +67,7 @@ def clipped(
     """
     check.floats(0, ratios=ratios, psi=psi)
     check.within(0, math.inf, clip_low=clip_low, clip_high=clip_high)
-    surrogate = torch.minimum(ratios * psi, check.clip(ratios, 1 - clip_low, 1 + clip_high) * psi)
+    surrogate = _pessimistic(ratios, psi, clip_low, clip_high)
     check.finite(surrogate + ratios, ratios=ratios, psi=psi)
     return surrogate
 
@@ -95,8 +95,7 @@ def clipped_ratio(
     check.floats(0, logp=logp, logp_old=logp_old, psi=psi)
     check.within(0, math.inf, clip_low=clip_low, clip_high=clip_high)
     change = logp - logp_old
-    rho = change.exp()
-    surrogate = torch.minimum(rho * psi, check.clip(rho, 1 - clip_low, 1 + clip_high) * psi)
+    surrogate = _pessimistic(change.exp(), psi, clip_low, clip_high)
     check.finite(surrogate + change, logp=logp, logp_old=logp_old, psi=psi)  # infinity can hide behind the clip
     return surrogate
 
@@ -267,3 +266,15 @@ def clip_fraction(
     check.boolean(logp.shape, mask=mask)
     check.some(mask)
     return outside.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def _pessimistic(
+    ratios: Float[Tensor, "*shape"], psi: Float[Tensor, "*shape"], clip_low: Scalar, clip_high: Scalar
+) -> Float[Tensor, "*shape"]:
+    """min(rho Psi, clip(rho) Psi) as min(rho Psi, g): g is (1 + clip_high) Psi if Psi > 0, else (1 - clip_low) Psi.
+
+    Inside the clip both are rho Psi, and of its two ends only the one on the side of Psi can be smaller: the same
+    value and gradient in two thirds of the time (Achiam 2018, "Simplified PPO-Clip objective").
+    """
+    bound = torch.where(psi > 0, psi * (1 + clip_high), psi * (1 - clip_low))
+    return (ratios * psi).clamp(max=bound)
