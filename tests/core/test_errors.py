@@ -558,6 +558,8 @@ def test_what_else_is_refused():
     refused("random_actions", exploration.epsilon_greedy, random_actions=torch.zeros(3, dtype=torch.long))
     refused(r"power must be in \(0.5, 1\]", exploration.robbins_monro, power=0.5)
     refused("step must not be negative", exploration.linear_schedule, step=-1)
+    refused(r"shrink must be in \(0, 1\), got 1", trust_region.line_search, shrink=1.0)
+    refused("n must be a whole number of at least 1, got 1.5", returns.n_step_return, n=1.5)
     refused("x must have 3 inputs", exploration.noisy_linear, x=torch.ones(2, 2))
     refused("same samples", kronecker.factors, g=X[:1])
     refused("same samples, at least one", kronecker.factors, x=X[:0], g=X[:0])

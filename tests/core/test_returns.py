@@ -59,6 +59,9 @@ def test_two_step_return_in_a_longer_episode():
     # r_t + r_{t+1}/2 + v(s_{t+2})/4; the last is cut after one step.
     found = returns.n_step_return(rewards, next_values, discounts, continues, 2)
     assert found.tolist() == [1 + 1 + 5, 2 + 2 + 7.5, 4 + 4 + 10, 8 + 20]
+    whole = returns.return_to_go(rewards, next_values, discounts, continues)
+    for n in (4, 5, 1000):
+        assert returns.n_step_return(rewards, next_values, discounts, continues, n).tolist() == whole.tolist()
 
 
 ROWS = st.integers(1, 40).flatmap(

@@ -108,6 +108,8 @@ def test_decoupled():
     (slope,) = torch.autograd.grad(found.sum(), logp)
     assert slope.tolist() == pytest.approx([0.0, -6.0, 1.1 / 1.6])
     old = torch.zeros(3, dtype=torch.float64)
+    uneven = surrogates.decoupled(torch.tensor([9.0, 0.1, 1.0]).log().double(), old, old, psi, 0.1, 0.3)
+    assert uneven.tolist() == pytest.approx([1.3, -0.9, 1.0])
     same = surrogates.decoupled(logp, old, old, psi)
     torch.testing.assert_close(same, surrogates.clipped_ratio(logp, old, psi))
     assert surrogates.decoupled(old, old, old - 5, psi).tolist() == pytest.approx([2.0, -2.0, 2.0])  # the cap's default

@@ -66,7 +66,7 @@ def test_fisher_of_an_mdp_and_of_a_gaussian():
     torch.testing.assert_close(trust_region.fisher_vector_product(outputs, kl, theta, v), diagonal * v)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("tolerance", [0.2, 1e-3, 1e-6])
 def test_conjugate_gradient_solves_to_tolerance(tolerance):
     a, b = spd(12), torch.randn(12, generator=torch.manual_seed(3), dtype=torch.float64)
     calls = []
@@ -78,8 +78,9 @@ def test_conjugate_gradient_solves_to_tolerance(tolerance):
     x = trust_region.conjugate_gradient(product, b, iterations=50, tolerance=tolerance)
     assert (a @ x - b).norm() <= 1.1 * tolerance * b.norm()
     assert len(calls) <= 50
-    if tolerance == 1e-3:
-        assert len(calls) < 13  # stops as soon as it may
+    # It stopped as soon as it might: one step earlier the residual was too large.
+    before = trust_region.conjugate_gradient(product, b, iterations=len(calls) - 1, tolerance=0.0)
+    assert (a @ before - b).norm() > tolerance * b.norm()
     torch.testing.assert_close(
         trust_region.conjugate_gradient(product, b, 60, 1e-14), torch.linalg.solve(a, b), rtol=1e-8, atol=1e-8
     )
@@ -97,8 +98,9 @@ def test_conjugate_gradient_ends_in_d_steps_and_after_the_given_number():
 
 
 def test_conjugate_gradient_refuses_what_is_not_positive_definite():
-    with pytest.raises(ValueError, match="positive definite"):
-        trust_region.conjugate_gradient(lambda v: -v, torch.ones(2))
+    for singular in (lambda v: -v, lambda v: 0 * v):
+        with pytest.raises(ValueError, match="positive definite"):
+            trust_region.conjugate_gradient(singular, torch.ones(2))
     with pytest.raises(ValueError, match="positive definite"):
         trust_region.conjugate_gradient(lambda v: v * torch.nan, torch.ones(2))
 
@@ -118,6 +120,8 @@ def test_natural_gradient_and_step():
     other = other * (0.02 / torch.einsum("ni,ij,nj->n", other, a, other)).sqrt().unsqueeze(-1)
     assert (other @ g).max() < step @ g
     assert trust_region.natural_step(product, 0 * g, delta=0.01).abs().max() == 0
+    tiny = trust_region.natural_step(product, 1e-3 * g, delta=0.01, iterations=30)
+    torch.testing.assert_close(tiny, step)  # the gradient's length does not matter
 
 
 def test_natural_gradient_does_not_depend_on_the_parametrisation():
@@ -181,7 +185,8 @@ def line(x):
         (line, {"delta": 0.06, "shrink": 0.2}, True, 1),
         (line, {"delta": 0.06, "max_backtracks": 2}, False, 2),
         (line, {"delta": 0.06, "max_backtracks": 3}, True, 3),
-        (lambda x: (-x.sum(), x.square().sum()), {"delta": 1.0}, False, 10),  # downhill
+        (lambda x: (x.sum() - 7, x.square().sum() + 0.01), {"delta": 0.999}, True, 1),  # the start is no zero
+        (lambda x: (5 - x.sum(), x.square().sum()), {"delta": 1.0}, False, 10),  # downhill
         (lambda x: (0 * x.sum(), x.square().sum()), {"delta": 1.0, "expected": 0.0}, False, 10),  # no gain
         (lambda x: (x.sum() * 0.09, 0.0), {"delta": 1.0}, False, 10),  # gains less than a tenth of what was expected
         (lambda x: (x.sum() * 0.1, 0.0), {"delta": 1.0}, True, 0),

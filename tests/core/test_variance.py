@@ -196,6 +196,8 @@ def test_minimum_variance_by_hand_and_zero_over_zero():
     assert baselines.minimum_variance(scores, rewards).item() == 18.0  # (1 * 10 + 4 * 20) / 5
     torch.testing.assert_close(baselines.minimum_variance(scores, rewards, True), torch.tensor([18.0, 0.0]))
     assert baselines.minimum_variance(torch.zeros(2, 3), rewards).item() == 0.0
+    assert baselines.minimum_variance(scores, rewards).shape == ()
+    assert baselines.minimum_variance(scores[:, :1], rewards, True).shape == (1,)
 
 
 def batches(s: Score, size: int):

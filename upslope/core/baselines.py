@@ -112,9 +112,9 @@ def minimum_variance(
     if not per_parameter:
         weights = weights.sum(-1, keepdim=True)
     top, bottom = (weights * episode_returns.unsqueeze(-1)).sum(0), weights.sum(0)
-    baseline = torch.where(bottom == 0, 0.0, top / torch.where(bottom == 0, 1.0, bottom))
+    baseline = (top / bottom).masked_fill(bottom == 0, 0.0)
     check.finite(baseline, scores=scores, episode_returns=episode_returns)
-    return baseline if per_parameter else baseline.squeeze(0)
+    return baseline if per_parameter else baseline[0]
 
 
 def scores(

@@ -15,6 +15,8 @@ entry needs the factor pi_theta / pi_old (S4 A.3.2 omits it), detached: with a l
 give grad KL[q, p].
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -103,7 +105,7 @@ def categorical_kl(
     """
     check.floats(logits_q=logits_q, logits_p=logits_p)
     log_q, log_p = logits_q.log_softmax(-1), logits_p.log_softmax(-1)
-    impossible = log_q == float("-inf")
+    impossible = log_q == -math.inf
     # Filled on both sides before the subtraction: -inf - -inf would poison the gradient even where masked afterwards.
     difference = log_q.masked_fill(impossible, 0.0) - log_p.masked_fill(impossible, 0.0)
     divergence = (log_q.exp() * difference).sum(-1)

@@ -129,7 +129,7 @@ def natural_step(product: Product, gradient: Vector, delta: float, iterations: i
     check.positive(delta=delta)
     x = conjugate_gradient(product, gradient, iterations)
     squared = x.dot(product(x))
-    return x * (2 * delta / squared.clamp(min=torch.finfo(x.dtype).tiny)).sqrt() if squared > 0 else x
+    return x * (2 * delta / squared.clamp(min=torch.finfo(x.dtype).tiny)).sqrt()
 
 
 def linear_quadratic_step(product: Product, gradient: Vector, beta: float, iterations: int = 10) -> Vector:
