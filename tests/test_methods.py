@@ -4,24 +4,11 @@ import importlib
 
 from upslope import methods
 
-CONTROL = [
-    "reinforce",
-    "a2c",
-    "a3c",
-    "trpo",
-    "acktr",
-    "ppo",
-    "group-ppo",
-    "dqn",
-    "sac",
-    "soft-q",
-    "ddpg",
-    "td3",
-    "es",
-    "cem",
-]
-LANGUAGE = ["sft", "reward-model", "lm-reinforce", "lm-ppo", "dpo", "grpo"]
-PRESETS = [
+CONTROL = {"reinforce", "a2c", "a3c", "trpo", "acktr", "ppo", "group-ppo"}
+CONTROL |= {"dqn", "sac", "soft-q", "ddpg", "td3", "es", "cem"}
+LANGUAGE = {"sft", "reward-model", "lm-reinforce", "lm-ppo", "dpo", "grpo"}
+PRESETS = {
+    "ppo-penalty",
     "rloo",
     "gpg",
     "dr-grpo",
@@ -31,15 +18,15 @@ PRESETS = [
     "vapo",
     "open-reasoner-zero",
     "reinforce++",
-    "ppo-penalty",
-]
+}
 
 
 def test_every_algorithm_and_preset_has_its_row():
     names = [row.name for row in methods.METHODS]
-    assert sorted(names) == sorted(CONTROL + LANGUAGE + PRESETS)
+    assert len(names) == len(set(names))
+    assert set(names) == CONTROL | LANGUAGE | PRESETS
     for row in methods.METHODS:
-        assert row.algo in CONTROL + LANGUAGE
+        assert row.algo in CONTROL | LANGUAGE
         assert row.wing == ("control" if row.algo in CONTROL else "language")
         assert row.name == row.algo or row.name in PRESETS
         assert all(x != "" for x in row)
