@@ -42,6 +42,19 @@ def floats(axes: int = 1, **tensors: Tensor) -> None:
         raise ValueError(f"{', '.join(tensors)} must have at least {axes} axes, got shape {list(shape)}")
 
 
+def beneath(**tensors: Tensor) -> None:
+    """Floating point; the first is [*batch, n], every other one [*batch]."""
+    first, *others = tensors.items()
+    floats(1, **{first[0]: first[1]})
+    for name, tensor in others:
+        floats(0, **{name: tensor})
+        if tensor.shape != first[1].shape[:-1]:
+            raise ValueError(
+                f"{name} must have the shape of {first[0]} without its last axis, "
+                f"got {name} {describe(tensor)}, {first[0]} {describe(first[1])}"
+            )
+
+
 def boolean(shape: torch.Size, **masks: Tensor) -> None:
     """Boolean, of the given shape."""
     for name, tensor in masks.items():
@@ -54,16 +67,23 @@ def boolean(shape: torch.Size, **masks: Tensor) -> None:
 def within(low: float | int, high: float | int, **coefficients: Scalar | Tensor) -> None:
     """low <= value <= high and finite for plain numbers (NaN fails); tensors are the caller's to keep in range."""
     for name, value in coefficients.items():
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g} and finite"
             raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def positive(**coefficients: Scalar) -> None:
+def positive(**coefficients: Scalar | Tensor) -> None:
     """0 < value < inf for plain numbers."""
     for name, value in coefficients.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def count(**coefficients: int) -> None:
+    """A whole number, at least 1."""
+    for name, value in coefficients.items():
+        if not (value >= 1 and value % 1 == 0):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
 
 
 def one_of(allowed: Iterable[str], **choices: str) -> None:

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-BLOCK = 16
-"""Steps that a block walks one by one, all blocks side by side: measured fastest of 16, 32, 64, 128 (bench/scan.py)."""
-
-SOLVE = 2**17
-"""Matrix elements up to which one triangular solve beats the blocks."""
+# Measured on one core (bench/scan.py).
+BLOCK = 16  # steps that a block walks one by one, all blocks side by side: fastest of 16, 32, 64, 128
+WALK = 32  # as many steps are walked without blocks
+SOLVE = 2**13  # elements, and
+MATRIX = 2**19  # matrix elements, up to which one triangular solve beats both
 
 
 def scan_loop(c: Float[Tensor, "*batch time"], x: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch time"]:
@@ -25,7 +25,7 @@ def scan_loop(c: Float[Tensor, "*batch time"], x: Float[Tensor, "*batch time"]) 
     y = torch.zeros_like(x[..., 0])
     steps = []
     for x_t, c_t in zip(reversed(x.unbind(-1)), reversed(c.unbind(-1)), strict=True):
-        y = x_t + c_t * y
+        y = torch.addcmul(x_t, c_t, y)  # x_t + c_t y
         steps.append(y)
     return torch.stack(steps[::-1], -1)
 
@@ -42,10 +42,10 @@ def scan(c: Float[Tensor, "*batch time"], x: Float[Tensor, "*batch time"]) -> Fl
     time = x.shape[-1]
     if time <= 1:
         return x
-    if x.numel() * time <= SOLVE:
+    if x.numel() <= SOLVE and x.numel() * time <= MATRIX:
         system = torch.diag_embed(-c[..., :-1], offset=1)
         return torch.linalg.solve_triangular(system, x.unsqueeze(-1), upper=True, unitriangular=True).squeeze(-1)
-    if time <= BLOCK:
+    if time <= WALK:
         return scan_loop(c, x)
 
     blocks = -(-time // BLOCK)

@@ -51,7 +51,7 @@ def td_residual(
     check.floats(rewards=rewards, values=values, next_values=next_values, discounts=discounts)
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     residual = rewards + ahead - values
-    check.finite(residual, rewards=rewards, values=values, next_values=ahead, discounts=discounts)
+    check.finite(residual, rewards=rewards, values=values, discounts=discounts, next_values=ahead)
     return residual
 
 
@@ -78,7 +78,7 @@ def gae(
     check.floats(rewards=rewards, values=values, next_values=next_values, discounts=discounts, traces=traces)
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     result = scan(discounts * traces, rewards + ahead - values)
-    check.finite(result, rewards=rewards, values=values, next_values=ahead, discounts=discounts, traces=traces)
+    check.finite(result, rewards=rewards, values=values, discounts=discounts, traces=traces, next_values=ahead)
     return result
 
 
@@ -102,6 +102,7 @@ def k_step(
     tensor([0.5000, 0.5000, 2.0000])
     """
     check.floats(rewards=rewards, values=values)
+    check.count(k=k)
     result = n_step_return(rewards, next_values, discounts, continues, k) - values
     check.finite(result, values=values)
     return result
@@ -170,8 +171,8 @@ def vtrace(
     later = torch.cat([correction[..., 1:], torch.zeros_like(correction[..., :1])], -1)
     result = rho * (rewards + discounts * (following + traces * later) - values)
     targets = values + correction
-    both = targets + result
-    check.finite(both, rewards=rewards, values=values, next_values=following, discounts=discounts, ratios=ratios)
+    given = {"rewards": rewards, "values": values, "next_values": following, "discounts": discounts}
+    check.finite(targets + result + ratios, **given, traces=traces, ratios=ratios)
     return VTrace(targets, result)
 
 
@@ -216,8 +217,8 @@ def leave_one_out(rewards: Float[Tensor, "*prompts group"]) -> Float[Tensor, "*p
     >>> leave_one_out(torch.tensor([0.0, 1.0, 5.0]))
     tensor([-3.0000, -1.5000,  4.5000])
     """
-    size = rewards.shape[-1]
-    return group_relative(rewards, scale="none") * (size / max(size - 1, 1))
+    centred = group_relative(rewards, scale="none")
+    return centred * (rewards.shape[-1] / (rewards.shape[-1] - 1))
 
 
 def process_relative(
@@ -242,10 +243,9 @@ def process_relative(
     """
     check.floats(axes=2, step_rewards=step_rewards)
     if step_ends.shape != step_rewards.shape or step_ends.dtype != torch.int64:
-        raise ValueError(
-            f"step_ends must be int64 of shape {list(step_rewards.shape)}, got {check.describe(step_ends)}"
-        )
-    check.within(1, 2**62, length=length)
+        shape = list(step_rewards.shape)
+        raise ValueError(f"step_ends must be int64 of step_rewards' shape {shape}, got {check.describe(step_ends)}")
+    check.count(length=length)
     check.within(0, 1, ddof=ddof)
     check.within(0, math.inf, eps=eps)
     counts = step_ends >= 0
@@ -254,12 +254,12 @@ def process_relative(
             raise ValueError(f"step_ends must be in [-1, {length}), got {step_ends.min()} to {step_ends.max()}")
         if int(counts.sum()) < 2:
             raise ValueError(f"step_ends must mark at least 2 steps in the group, got {int(counts.sum())}")
-    normalised = _standardise(step_rewards.masked_fill(~counts, 0.0), counts, ddof, eps)
+    kept = step_rewards.masked_fill(~counts, 0.0)
+    check.finite(kept, step_rewards=kept)
+    normalised = _standardise(kept, counts, ddof, eps)
     at_ends = step_rewards.new_zeros(step_rewards.shape[0], length)
     at_ends = at_ends.scatter_add(-1, step_ends.clamp(min=0), normalised)
-    result = at_ends.flip(-1).cumsum(-1).flip(-1)
-    check.finite(result, step_rewards=step_rewards.masked_fill(~counts, 0.0))
-    return result
+    return at_ends.flip(-1).cumsum(-1).flip(-1)
 
 
 def whiten(
@@ -286,10 +286,11 @@ def whiten(
     else:
         check.boolean(values.shape, mask=mask)
         count = int(mask.sum()) if check.readable(mask) else 2
-        kept = values.masked_fill(~mask, 0.0)
     if count < 2:
-        raise ValueError(f"whiten needs at least 2 elements, got {count}")
+        raise ValueError(f"values must have at least 2 elements that count, got {count}")
     if mask is not None:
+        kept = values.masked_fill(~mask, 0.0)
+        check.finite(kept, values=kept)
         return _standardise(kept, mask, 1, eps, shift_mean)
     spread, mean = torch.std_mean(values)  # Welford's: of equal elements the mean is exact and the spread 0
     scaled = (values - mean) / (spread + eps)
@@ -321,7 +322,6 @@ def _standardise(
     spread = (centred.square().sum() / (count - ddof)).sqrt()
     equal = kept.masked_fill(~mask, -math.inf).amax() == kept.masked_fill(~mask, math.inf).amin()
     scaled = (centred / (spread + eps)).masked_fill(equal, 0.0)
-    check.finite(scaled, values=kept)
     return scaled if shift_mean else (scaled + mean).masked_fill(~mask, 0.0)
 
 

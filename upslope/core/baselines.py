@@ -106,15 +106,15 @@ def minimum_variance(
     tensor([19.,  0.])
     """
     check.floats(2, scores=scores)
-    check.floats(episode_returns=episode_returns, score_of_one_parameter=scores.sum(-1))
+    check.beneath(scores=scores, episode_returns=episode_returns)
     _not_empty(episode_returns)
     weights = scores.square()
     if not per_parameter:
         weights = weights.sum(-1, keepdim=True)
     top, bottom = (weights * episode_returns.unsqueeze(-1)).sum(0), weights.sum(0)
-    baseline = torch.where(bottom == 0, 0.0, top / torch.where(bottom == 0, 1.0, bottom))
+    baseline = (top / bottom).masked_fill(bottom == 0, 0.0)
     check.finite(baseline, scores=scores, episode_returns=episode_returns)
-    return baseline if per_parameter else baseline.squeeze(0)
+    return baseline if per_parameter else baseline[0]
 
 
 def scores(

@@ -11,8 +11,11 @@ What each does to a gradient when q = pi_theta is the sampler itself (proved in 
     the loss      0                  grad KL[q, p]      grad KL[p, q]
 
 "In the reward" is detached and weights grad log q; "in the loss" is differentiated. On data of an older policy every
-entry needs the factor pi_theta / pi_old; without it the entries change (S4 A.3.2 omits it).
+entry needs the factor pi_theta / pi_old (S4 A.3.2 omits it), detached: with a live factor, k1 and k3 in the loss both
+give grad KL[q, p].
 """
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -73,7 +76,8 @@ def k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Floa
 def reverse_k3(logp_q: Float[Tensor, "*shape"], logp_p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """r log r - (r - 1): estimates KL[p, q], the reverse direction, from the same x ~ q. Unbiased, never negative.
 
-    Gradient, x ~ q = pi_theta, in the loss: that of minus E_q[log r grad r - ...]; see the tests for its exact form.
+    Gradient, x ~ q = pi_theta: in the loss -E_p[log r grad log q], in the reward grad KL[p, q] minus that. Neither
+    alone is the gradient of KL[p, q]; their sum is.
 
     Source: S4 eq 2.3. Units: nats. Raises: as `k3`.
 
@@ -101,7 +105,7 @@ def categorical_kl(
     """
     check.floats(logits_q=logits_q, logits_p=logits_p)
     log_q, log_p = logits_q.log_softmax(-1), logits_p.log_softmax(-1)
-    impossible = log_q == float("-inf")
+    impossible = log_q == -math.inf
     # Filled on both sides before the subtraction: -inf - -inf would poison the gradient even where masked afterwards.
     difference = log_q.masked_fill(impossible, 0.0) - log_p.masked_fill(impossible, 0.0)
     divergence = (log_q.exp() * difference).sum(-1)

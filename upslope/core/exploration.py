@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from upslope.core import _checks as check
+from upslope.core._checks import Scalar
 
 Step = int | float | Int64[Tensor, ""] | Float[Tensor, ""]
 
@@ -20,8 +21,8 @@ def linear_schedule(step: Step, start: float, end: float, duration: int) -> floa
     >>> linear_schedule(250_000, start=1.0, end=0.05, duration=1_000_000)
     0.7625
     """
-    check.within(1, 2**62, duration=duration)
-    check.within(-1e38, 1e38, start=start, end=end)
+    check.count(duration=duration)
+    check.within(-math.inf, math.inf, start=start, end=end)
     return start + (end - start) * _progress(step, duration)
 
 
@@ -34,7 +35,7 @@ def exponential_schedule(step: Step, start: float, end: float, duration: int) ->
     >>> exponential_schedule(1, start=1.0, end=0.25, duration=2)
     0.5
     """
-    check.within(1, 2**62, duration=duration)
+    check.count(duration=duration)
     check.positive(start=start, end=end)
     return start * (end / start) ** _progress(step, duration)
 
@@ -57,7 +58,7 @@ def robbins_monro(step: Step, scale: float = 1.0, offset: float = 1.0, power: fl
 
 def epsilon_greedy(
     q: Float[Tensor, "*batch actions"],
-    epsilon: float | Float[Tensor, ""],
+    epsilon: Scalar,
     uniform: Float[Tensor, "*batch"],
     random_actions: Int64[Tensor, "*batch"],
 ) -> Int64[Tensor, "*batch"]:
@@ -69,9 +70,8 @@ def epsilon_greedy(
     >>> epsilon_greedy(q, 0.1, torch.tensor([0.05, 0.5]), torch.tensor([0, 0]))
     tensor([0, 1])
     """
-    check.floats(q=q)
+    check.beneath(q=q, uniform=uniform)
     check.within(0, 1, epsilon=epsilon)
-    check.floats(0, uniform=uniform, q_of_one_action=q[..., 0])
     if random_actions.shape != uniform.shape or random_actions.dtype != torch.int64:
         raise ValueError(
             f"random_actions must be int64 of shape {list(uniform.shape)}, got {check.describe(random_actions)}"
@@ -102,12 +102,13 @@ def noisy_linear(
     tensor([[3.5000]])
     """
     check.floats(2, weight=weight, weight_scale=weight_scale, weight_noise=weight_noise)
-    check.floats(bias=bias, bias_scale=bias_scale, bias_noise=bias_noise, weight_of_one_input=weight[:, 0])
+    check.beneath(weight=weight, bias=bias, bias_scale=bias_scale, bias_noise=bias_noise)
     check.floats(x=x)
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x must have {weight.shape[-1]} inputs, got {check.describe(x)}")
     y = torch.nn.functional.linear(x, weight + weight_scale * weight_noise, bias + bias_scale * bias_noise)
-    check.finite(y, x=x, weight=weight, weight_scale=weight_scale, weight_noise=weight_noise)
+    given = {"weight": weight, "weight_scale": weight_scale, "weight_noise": weight_noise}
+    check.finite(y, x=x, **given, bias=bias, bias_scale=bias_scale, bias_noise=bias_noise)
     return y
 
 

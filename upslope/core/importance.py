@@ -40,10 +40,11 @@ def trajectory(
     >>> trajectory(torch.tensor([2.0, 3.0]).log(), zero, one, one, one)  # 2 * 3 * (1 + 1)
     tensor([12., 12.])
     """
-    log_weights = _log_weights(logp, logp_behavior, rewards)
+    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts, continues=continues)
+    log_weights = _log_weights(logp, logp_behavior)
     whole = _log_products(log_weights, continues) + scan(continues, log_weights) - log_weights
     psi = whole.exp() * total_return(rewards, torch.zeros_like(rewards), discounts, continues)
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards)
+    check.finite(psi, rewards=rewards)
     return psi
 
 
@@ -65,12 +66,13 @@ def causal(
     >>> causal(torch.tensor([2.0, 3.0]).log(), zero, one, one, one)  # 2 (1 + 3 * 1), 6 * 1
     tensor([8., 6.])
     """
-    log_weights = _log_weights(logp, logp_behavior, rewards)
+    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts, continues=continues)
+    log_weights = _log_weights(logp, logp_behavior)
     # r_k stands behind w_{t+1} ... w_k, and the recurrence multiplies step t+1 as a whole: fold w into the discount.
     following = torch.cat([log_weights[..., 1:], torch.zeros_like(log_weights[..., :1])], -1).exp()
     to_go = scan(discounts * continues * following, rewards)
     psi = _log_products(log_weights, continues).exp() * to_go
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts)
+    check.finite(psi, rewards=rewards, discounts=discounts, continues=continues, weights=following)
     return psi
 
 
@@ -91,10 +93,11 @@ def simplified_causal(
     >>> simplified_causal(torch.tensor([2.0, 3.0]).log(), zero, one, one, one)  # 2 (1 + 1), 6 * 1
     tensor([4., 6.])
     """
-    log_weights = _log_weights(logp, logp_behavior, rewards)
+    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts, continues=continues)
+    log_weights = _log_weights(logp, logp_behavior)
     to_go = return_to_go(rewards, torch.zeros_like(rewards), discounts, continues)
     psi = _log_products(log_weights, continues).exp() * to_go
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, rewards=rewards)
+    check.finite(psi, rewards=rewards)
     return psi
 
 
@@ -112,8 +115,8 @@ def first_order(
     tensor([10.])
     """
     check.floats(0, logp=logp, logp_behavior=logp_behavior, q=q)
-    psi = (logp - logp_behavior).detach().exp() * q
-    check.finite(psi, logp=logp, logp_behavior=logp_behavior, q=q)
+    psi = _log_weights(logp, logp_behavior).exp() * q
+    check.finite(psi, q=q)
     return psi
 
 
@@ -130,9 +133,7 @@ def truncated(
     """
     check.floats(0, logp=logp, logp_behavior=logp_behavior)
     check.positive(cap=cap)
-    change = (logp - logp_behavior).detach()
-    check.finite(change, logp=logp, logp_behavior=logp_behavior)
-    return check.clip(change.exp(), 0.0, cap)
+    return check.clip(_log_weights(logp, logp_behavior).exp(), 0.0, cap)
 
 
 def effective_sample_size(log_weights: Float[Tensor, "*batch samples"]) -> Float[Tensor, "*batch"]:
@@ -146,13 +147,12 @@ def effective_sample_size(log_weights: Float[Tensor, "*batch samples"]) -> Float
     check.floats(log_weights=log_weights)
     if log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must hold at least one sample, got {check.describe(log_weights)}")
-    size = torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
     check.finite(log_weights, log_weights=log_weights)
-    return size
+    weights = (log_weights - log_weights.amax(-1, keepdim=True)).exp()
+    return weights.sum(-1).square() / weights.square().sum(-1)
 
 
-def _log_weights(logp: Tensor, logp_behavior: Tensor, rewards: Tensor) -> Tensor:
-    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards)
+def _log_weights(logp: Tensor, logp_behavior: Tensor) -> Tensor:
     log_weights = (logp - logp_behavior).detach()
     check.finite(log_weights, logp=logp, logp_behavior=logp_behavior)
     return log_weights

@@ -54,7 +54,7 @@ def average(old: Factors, new: Factors, decay: float) -> Factors:
     tensor([[3.]])
     """
     check.within(0, 1, decay=decay)
-    return Factors(*(torch.lerp(b, a, decay) for a, b in zip(old, new, strict=True)))
+    return Factors(torch.lerp(new.inputs, old.inputs, decay), torch.lerp(new.outputs, old.outputs, decay))
 
 
 def inverses(layer: Factors, damping: float) -> Factors:

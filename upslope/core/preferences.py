@@ -19,9 +19,9 @@ def bradley_terry(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pai
     tensor([0.6931])
     """
     check.floats(0, chosen=chosen, rejected=rejected)
-    loss = -logsigmoid(chosen - rejected)
-    check.finite(loss, chosen=chosen, rejected=rejected)
-    return loss
+    margin = chosen - rejected
+    check.finite(margin, chosen=chosen, rejected=rejected)
+    return -logsigmoid(margin)
 
 
 def ranking(rewards: Float[Tensor, "*prompts completions"]) -> Float[Tensor, "*prompts"]:
@@ -82,8 +82,7 @@ def dpo(
     tensor([0.6931])
     """
     check.within(0, 0.5, label_smoothing=label_smoothing)
-    chosen = implicit_reward(logp_chosen, logp_ref_chosen, beta)
-    rejected = implicit_reward(logp_rejected, logp_ref_rejected, beta)
+    chosen, rejected = _implicit_rewards(logp_chosen, logp_rejected, logp_ref_chosen, logp_ref_rejected, beta)
     kept, flipped = bradley_terry(chosen, rejected), bradley_terry(rejected, chosen)
     return (1 - label_smoothing) * kept + label_smoothing * flipped
 
@@ -103,10 +102,9 @@ def ipo(
     >>> ipo(torch.tensor([-1.0]), torch.tensor([-6.0]), torch.zeros(1), torch.zeros(1), beta=0.1)
     tensor([0.])
     """
-    h = implicit_reward(logp_chosen, logp_ref_chosen, 1.0) - implicit_reward(logp_rejected, logp_ref_rejected, 1.0)
     check.positive(beta=beta)
-    check.floats(0, logp_chosen=logp_chosen, logp_rejected=logp_rejected)
-    return (h - 1 / (2 * beta)).square()
+    chosen, rejected = _implicit_rewards(logp_chosen, logp_rejected, logp_ref_chosen, logp_ref_rejected, 1.0)
+    return (chosen - rejected - 1 / (2 * beta)).square()
 
 
 def preference_probability(
@@ -120,9 +118,9 @@ def preference_probability(
     tensor([0.7500])
     """
     check.floats(0, chosen=chosen, rejected=rejected)
-    probability = (chosen - rejected).sigmoid()
-    check.finite(probability, chosen=chosen, rejected=rejected)
-    return probability
+    margin = chosen - rejected
+    check.finite(margin, chosen=chosen, rejected=rejected)
+    return margin.sigmoid()
 
 
 def tilted(
@@ -165,3 +163,16 @@ def centred(
     normalised = rewards - reference_rewards.mean()
     check.finite(normalised, rewards=rewards, reference_rewards=reference_rewards)
     return normalised
+
+
+def _implicit_rewards(
+    logp_chosen: Tensor, logp_rejected: Tensor, logp_ref_chosen: Tensor, logp_ref_rejected: Tensor, beta: Scalar
+) -> tuple[Tensor, Tensor]:
+    check.floats(
+        0,
+        logp_chosen=logp_chosen,
+        logp_rejected=logp_rejected,
+        logp_ref_chosen=logp_ref_chosen,
+        logp_ref_rejected=logp_ref_rejected,
+    )
+    return implicit_reward(logp_chosen, logp_ref_chosen, beta), implicit_reward(logp_rejected, logp_ref_rejected, beta)

@@ -27,11 +27,12 @@ def token_mean(
     """
     check.floats(0, x=x)
     if total is None:
-        total = _count(x, mask)
+        count = _count(x, mask)
+        # One operation where one will do: this ends every gradient step.
+        reduced = x.mean() if mask is None else _kept(x, mask).sum() / count
     else:
         check.positive(total=total)
-    # one operation where one will do: this ends every gradient step
-    reduced = x.mean() if mask is None and total == x.numel() else _kept(x, mask).sum() / total
+        reduced = _kept(x, mask).sum() / total
     check.finite(reduced, x=x)
     return reduced
 
@@ -81,7 +82,7 @@ def fixed_length_mean(
     tensor(1.5000)
     """
     check.floats(x=x)
-    check.within(1, 2**62, length=length)
+    check.count(length=length)
     if total is None:
         _count(x, mask)
         total = x[..., 0].numel()

@@ -72,7 +72,7 @@ def lambda_return(
     ahead = discounts * next_values.masked_fill(discounts == 0, 0.0)
     bootstrap = torch.cat([1 - traces[..., :-1], torch.ones_like(traces[..., -1:])], -1)
     target = scan(discounts * traces, torch.addcmul(rewards, bootstrap, ahead))
-    check.finite(target, rewards=rewards, next_values=ahead, discounts=discounts, traces=traces)
+    check.finite(target, rewards=rewards, discounts=discounts, traces=traces, next_values=ahead)
     return target
 
 
@@ -115,7 +115,7 @@ def n_step_return(
     tensor([3.5000, 3.5000, 5.0000])
     """
     check.floats(rewards=rewards, next_values=next_values, discounts=discounts, continues=continues)
-    check.within(1, 2**62, n=n)
+    check.count(n=n)
     if n >= rewards.shape[-1]:
         return return_to_go(rewards, next_values, discounts, continues)
     beyond = next_values.masked_fill(discounts == 0, 0.0)
@@ -123,7 +123,7 @@ def n_step_return(
     for _ in range(n - 1):
         later = torch.cat([target[..., 1:], beyond[..., -1:]], -1)
         target = rewards + discounts * torch.lerp(beyond, later, continues)
-    check.finite(target, rewards=rewards, next_values=beyond, discounts=discounts, continues=continues)
+    check.finite(target, rewards=rewards, discounts=discounts, continues=continues, next_values=beyond)
     return target
 
 
@@ -155,6 +155,7 @@ def elapsed_discount(
     weighs late states more and is then the gradient of no objective (Nota & Thomas 2020, arXiv:1906.07073).
     Every row starts with an episode's first step.
 
+    Source: S0 2.1; Sutton & Barto 13.3 (its gamma^t). Units: none.
     Raises: ValueError on shapes that differ, or NaN or infinite input.
 
     >>> elapsed_discount(torch.tensor([0.5, 0.5, 0.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 1.0]))
@@ -171,9 +172,12 @@ def elapsed_discount(
 def episode_start(continues: Float[Tensor, "*batch time"]) -> Int64[Tensor, "*batch time"]:
     """Index of the first step of the episode that each step belongs to.
 
+    Raises: ValueError if continues is not floating point or has no axis.
+
     >>> episode_start(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     tensor([0, 0, 2, 2])
     """
+    check.floats(continues=continues)
     steps = torch.arange(continues.shape[-1], device=continues.device).expand(continues.shape)
     begins = torch.cat([torch.ones_like(continues[..., :1]), 1 - continues[..., :-1]], -1) != 0
     return torch.where(begins, steps, 0).cummax(-1).values

@@ -45,8 +45,9 @@ def ratio(
     tensor([6.])
     """
     check.floats(0, logp=logp, logp_old=logp_old, psi=psi)
-    surrogate = (logp - logp_old).exp() * psi
-    check.finite(surrogate, logp=logp, logp_old=logp_old, psi=psi)
+    change = logp - logp_old
+    surrogate = change.exp() * psi
+    check.finite(surrogate + change, logp=logp, logp_old=logp_old, psi=psi)
     return surrogate
 
 
@@ -67,7 +68,7 @@ def clipped(
     check.floats(0, ratios=ratios, psi=psi)
     check.within(0, math.inf, clip_low=clip_low, clip_high=clip_high)
     surrogate = _pessimistic(ratios, psi, clip_low, clip_high)
-    check.finite(surrogate, ratios=ratios, psi=psi)
+    check.finite(surrogate + ratios, ratios=ratios, psi=psi)
     return surrogate
 
 
@@ -93,8 +94,9 @@ def clipped_ratio(
     """
     check.floats(0, logp=logp, logp_old=logp_old, psi=psi)
     check.within(0, math.inf, clip_low=clip_low, clip_high=clip_high)
-    surrogate = _pessimistic((logp - logp_old).exp(), psi, clip_low, clip_high)
-    check.finite(surrogate, logp=logp, logp_old=logp_old, psi=psi)
+    change = logp - logp_old
+    surrogate = _pessimistic(change.exp(), psi, clip_low, clip_high)
+    check.finite(surrogate + change, logp=logp, logp_old=logp_old, psi=psi)  # infinity can hide behind the clip
     return surrogate
 
 
@@ -137,9 +139,9 @@ def cispo(
     """
     check.floats(0, logp=logp, logp_old=logp_old, psi=psi)
     check.within(0, math.inf, clip_low=clip_low, clip_high=clip_high)
-    weight = check.clip((logp.detach() - logp_old).exp(), 1 - clip_low, 1 + clip_high)
-    surrogate = weight * psi * logp
-    check.finite(surrogate, logp=logp, logp_old=logp_old, psi=psi)
+    change = logp.detach() - logp_old
+    surrogate = check.clip(change.exp(), 1 - clip_low, 1 + clip_high) * psi * logp
+    check.finite(surrogate + change, logp=logp, logp_old=logp_old, psi=psi)
     return surrogate
 
 
@@ -164,11 +166,10 @@ def decoupled(
     tensor([2., 2.])
     """
     check.positive(cap=cap)
-    check.floats(0, logp=logp, logp_behavior=logp_behavior)
-    weight = (logp_old - logp_behavior).detach().exp().clamp(max=cap)
-    surrogate = weight * clipped_ratio(logp, logp_old, psi, clip_low, clip_high)
-    check.finite(surrogate, logp_behavior=logp_behavior)
-    return surrogate
+    check.floats(0, logp=logp, logp_old=logp_old, logp_behavior=logp_behavior, psi=psi)
+    change = (logp_old - logp_behavior).detach()
+    check.finite(change, logp_old=logp_old, logp_behavior=logp_behavior)
+    return check.clip(change.exp(), 0.0, cap) * clipped_ratio(logp, logp_old, psi, clip_low, clip_high)
 
 
 def sequence_ratio(
@@ -210,7 +211,8 @@ def kl_penalised(
     The direction is the caller's: KL[pi_old, pi] in TRPO and PPO (S2 eq 18 leaves it open), KL[pi, pi_ref] in S4
     eq 3.14.
 
-    Units: those of the surrogate; kl in nats. Raises: ValueError on shapes that differ, negative beta, NaN or infinity.
+    Source: S2 eq 18, S3 algorithm 10, S4 2.4.2, 3.14. Units: those of the surrogate; kl in nats.
+    Raises: ValueError on shapes that differ, negative beta, NaN or infinity.
 
     >>> kl_penalised(torch.tensor([1.0]), torch.tensor([0.5]), beta=0.1)
     tensor([0.9500])
@@ -225,9 +227,10 @@ def kl_penalised(
 def entropy_bonus(
     surrogate: Float[Tensor, "*shape"], entropy: Float[Tensor, "*shape"], coef: Scalar
 ) -> Float[Tensor, "*shape"]:
-    """L + coef H, per element: exploration (S3 eq 26, S4 eq 2.18; for completions S4 3.3, "My Thoughts").
+    """L + coef H, per element: exploration.
 
-    Units: those of the surrogate; entropy in nats. Raises: as `kl_penalised`.
+    Source: S3 eq 26, S4 eq 2.18; for completions S4 3.3 ("My Thoughts"). Units: those of the surrogate; entropy in
+    nats. Raises: as `kl_penalised`.
 
     >>> entropy_bonus(torch.tensor([1.0]), torch.tensor([0.5]), coef=0.1)
     tensor([1.0500])
@@ -248,6 +251,7 @@ def clip_fraction(
 ) -> Float[Tensor, ""]:
     """Share of the elements whose ratio lies outside [1 - clip_low, 1 + clip_high]: a diagnostic, without gradient.
 
+    Source: OpenAI baselines ppo2; 37 PPO details ("debug variables"). Units: none.
     Raises: ValueError on shapes that differ, a negative clip, an empty mask.
 
     >>> clip_fraction(torch.tensor([1.5, 1.1, 0.7, 1.0]).log(), torch.zeros(4), 0.2, 0.2)
@@ -267,10 +271,10 @@ def clip_fraction(
 def _pessimistic(
     ratios: Float[Tensor, "*shape"], psi: Float[Tensor, "*shape"], clip_low: Scalar, clip_high: Scalar
 ) -> Float[Tensor, "*shape"]:
-    """min(rho Psi, clip(rho) Psi) as min(rho Psi, g): g is (1 + clip_high) Psi if Psi > 0, else (1 - clip_low) Psi.
+    """min(rho Psi, clip(rho) Psi) as min(rho Psi, max((1 + clip_high) Psi, (1 - clip_low) Psi)).
 
     Inside the clip both are rho Psi, and of its two ends only the one on the side of Psi can be smaller: the same
     value and gradient in two thirds of the time (Achiam 2018, "Simplified PPO-Clip objective").
     """
-    bound = psi * torch.where(psi > 0, 1 + clip_high, 1 - clip_low)
+    bound = torch.maximum(psi * (1 + clip_high), psi * (1 - clip_low))
     return (ratios * psi).clamp(max=bound)

@@ -136,6 +136,10 @@ def double_q_target(
     tensor([4.])
     """
     check.floats(next_q_online=next_q_online, next_q_target=next_q_target)
+    check.beneath(next_q_online=next_q_online, rewards=rewards, discounts=discounts)
+    ended = (discounts == 0).unsqueeze(-1)
+    online, judge = next_q_online.masked_fill(ended, 0.0), next_q_target.masked_fill(ended, 0.0)
+    check.finite(online + judge, next_q_online=online, next_q_target=judge)
     return td_target(rewards, action_value(next_q_target, next_q_online.argmax(-1)), discounts)
 
 
@@ -172,7 +176,7 @@ def soft_value(
     check.floats(0, q1=q1, q2=q2, logp=logp)
     check.within(0, math.inf, alpha=alpha)
     value = torch.minimum(q1, q2) - alpha * logp
-    check.finite(value, q1=q1, q2=q2, logp=logp)
+    check.finite(value + torch.maximum(q1, q2), q1=q1, q2=q2, logp=logp)
     return value
 
 
@@ -232,12 +236,15 @@ def soft_q_target(
     >>> soft_q_target(torch.ones(1), torch.zeros(1, 2), 2.0, torch.tensor([0.5]))
     tensor([1.6931])
     """
-    return td_target(rewards, softmax_value(next_q.masked_fill((discounts == 0).unsqueeze(-1), 0.0), alpha), discounts)
+    check.beneath(next_q=next_q, rewards=rewards, discounts=discounts)
+    following = softmax_value(next_q.masked_fill((discounts == 0).unsqueeze(-1), 0.0), alpha)
+    return td_target(rewards, following, discounts)
 
 
 def action_value(q: Float[Tensor, "*batch actions"], actions: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Q(s, a) of the action taken.
 
+    Source: S4 table 2.2 (Psi = Q). Units: those of q.
     Raises: ValueError if `actions` has not the shape of q without its last axis, or is not int64.
 
     >>> action_value(torch.tensor([[2.0, 4.0]]), torch.tensor([1]))
@@ -259,8 +266,7 @@ def dueling(
     >>> dueling(torch.tensor([1.0]), torch.tensor([[0.0, 2.0]]))
     tensor([[0., 2.]])
     """
-    check.floats(advantages=advantages)
-    check.floats(0, values=values, advantages_of_one_action=advantages[..., 0])
+    check.beneath(advantages=advantages, values=values)
     q = values.unsqueeze(-1) + advantages - advantages.mean(-1, keepdim=True)
     check.finite(q, values=values, advantages=advantages)
     return q
