@@ -178,60 +178,62 @@ def _value_sweeps(
 ) -> tuple[np.ndarray, list[float]]:
     """Bellman sweeps for γ < 1; returns V and ‖V_{k+1} − V_k‖∞ of every sweep."""
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals = best(pairs, pairs.reward), []
-    next_check = np.inf
+    values, residuals, span = best(pairs, pairs.reward), list[float](), np.inf
     while True:
         q = backup(pairs, values)
         new = best(pairs, q)
-        lower, upper = _range(new - values)
+        lower, upper = _range(new, values)
         residuals.append(max(abs(lower), abs(upper)))
-        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        bound = factor * _error(lower, upper, stop)
         if watch is not None:
             watch(len(residuals), bound)
-        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+        if _proven(pairs, new, bound, tol):
             return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
-        if eliminate and pairs.width != 1 and upper - lower < next_check:
-            # V* lies in new + factor·[lower, upper]: what is further below than that range can never be best (MacQueen)
-            next_check = (upper - lower) / 4.0
-            kept = q >= np.repeat(new, np.diff(pairs.start)) - factor * (upper - lower) * (1.0 + 1e-9) - 1e-12
-            if kept.sum() < 0.8 * len(kept):
-                pairs = keep_rows(pairs, kept)
+        if eliminate and upper - lower < span:
+            pairs, span = _eliminate(pairs, q, new, factor * (upper - lower)), (upper - lower) / 4.0
         values = new
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
 
 
 def _modified_sweeps(
     pairs: Pairs, tol: float, stop: Stop, sweeps: int, watch: Watch | None
 ) -> tuple[np.ndarray, list[float]]:
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals = best(pairs, pairs.reward), []
-    previous, matrix, reward = np.array([]), pairs.matrix, pairs.reward
+    values, residuals = best(pairs, pairs.reward), list[float]()
     while True:
         q = backup(pairs, values)
         rows = greedy_rows(pairs, q)
         new = q[rows]
-        lower, upper = _range(new - values)
+        lower, upper = _range(new, values)
         residuals.append(max(abs(lower), abs(upper)))
-        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        bound = factor * _error(lower, upper, stop)
         if watch is not None:
             watch(len(residuals), bound)
-        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+        if _proven(pairs, new, bound, tol):
             return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
-        if not np.array_equal(rows, previous):
-            previous, matrix, reward = rows, pairs.matrix[rows], pairs.reward[rows]
-        enough = 0.01 * bound  # while the policy still changes, evaluating it further is wasted
+        matrix, reward = pairs.matrix[rows], pairs.reward[rows]
+        pairs = _eliminate(pairs, q, new, factor * (upper - lower))
+        enough = max(0.01 * bound, 0.5 * tol)  # while the policy still changes, evaluating it further is wasted
         values = new
         for _ in range(sweeps):
             new = matrix @ values
             new *= pairs.gamma
             new += reward
-            lower, upper = _range(new - values)
+            lower, upper = _range(new, values)
             values = new
-            if factor * (max(abs(lower), abs(upper)) if stop == "sup" else (upper - lower) / 2.0) <= max(
-                enough, tol / 2.0
-            ):
+            if factor * _error(lower, upper, stop) <= enough:
                 break
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
+
+
+def _eliminate(pairs: Pairs, q: np.ndarray, new: np.ndarray, reach: float) -> Pairs:
+    """Drops actions that cannot be optimal: V* lies in TV + γ/(1−γ)·[min d, max d], a range of width `reach`, so what is
+    further than that below the best is never best (MacQueen 1967). Only when that shortens a sweep noticeably."""
+    if pairs.width == 1 or reach > float(new.max() - q.min()):
+        return pairs
+    kept = q >= np.repeat(new - (reach * (1.0 + 1e-9) + 4.0 * rounding(pairs, new)), np.diff(pairs.start))
+    count = int(np.count_nonzero(kept))
+    return keep_rows(pairs, kept) if count < 0.95 * len(kept) or count == len(new) else pairs
 
 
 def _total_reward_sweeps(
@@ -253,7 +255,7 @@ def _total_reward_sweeps(
             target = residuals[-1] * (0.5 * tol / bound if np.isfinite(bound) else 0.1)
         if watch is not None:
             watch(len(residuals), bound)
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
         values = new
         if sweeps:
             matrix, reward = pairs.matrix[rows], pairs.reward[rows]
@@ -317,20 +319,25 @@ def _finish(
     return Solution(values, policy, q_values, len(residuals), residual, bound, np.array(residuals))
 
 
-def _range(change: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    return float(change.min()), float(change.max())
+def _range(new: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """(min, max) of new − values; `values` is overwritten."""
+    np.subtract(new, values, out=values)
+    return float(values.min()), float(values.max())
 
 
-def _reserve(pairs: Pairs, values: np.ndarray) -> float:
-    """The part of the error that rounding may add: kept back from tol, so that the final bound holds too."""
-    return 2.0 * rounding(pairs, values) / (1.0 - pairs.gamma)
+def _error(lower: float, upper: float, stop: Stop) -> float:
+    return max(abs(lower), abs(upper)) if stop == "sup" else (upper - lower) / 2.0
 
 
-def _give_up(iterations: int, residuals: list[float], pairs: Pairs, values: np.ndarray, tol: float) -> None:
-    stuck = residuals[-1] <= rounding(pairs, values) / 8.0 or iterations >= MAX_SWEEPS
-    if stuck or not np.isfinite(residuals[-1]):
+def _proven(pairs: Pairs, values: np.ndarray, bound: float, tol: float) -> bool:
+    """Whether the bound is below tol by more than what rounding may add to it."""
+    return bound <= tol and bound * (1.0 + 1e-9) + 2.0 * rounding(pairs, values) / (1.0 - pairs.gamma) <= tol
+
+
+def _give_up(residuals: list[float], pairs: Pairs, values: np.ndarray, tol: float) -> None:
+    if len(residuals) % 64 == 0 and (residuals[-1] <= rounding(pairs, values) / 8.0 or len(residuals) >= MAX_SWEEPS):
         raise ValueError(
-            f"tol: {tol:g} was not reached after {iterations} sweeps (residual {residuals[-1]:.3g}); "
+            f"tol: {tol:g} was not reached after {len(residuals)} sweeps (residual {residuals[-1]:.3g}); "
             "float64 cannot guarantee it here"
         )
 
