@@ -88,14 +88,13 @@ def evaluate_policy(mdp: MDP, policy: Policy, horizon: int | None = None) -> Eva
     problem, size = pairs_of(mdp), (mdp.num_states, mdp.num_actions)
     if horizon is not None:
         timed = np.asarray(policy).shape == (horizon + 1, mdp.num_states)
-        tables = [policy_table(mdp, policy[h] if timed else policy) for h in range(1, horizon + 1)] if timed else None
-        table = None if tables is not None else policy_table(mdp, policy)
-        values, q = np.zeros((horizon + 1, size[0])), np.zeros((horizon + 1, *size))
+        table = None if timed else policy_table(mdp, policy)
+        stages, q = np.zeros((horizon + 1, size[0])), np.zeros((horizon + 1, *size))
         for h in range(1, horizon + 1):
-            q[h] = backup(problem, values[h - 1]).reshape(size)
-            weights = table if tables is None else tables[h - 1]
-            values[h] = (weights * q[h]).sum(axis=1)
-        return Evaluation(values, q, q - values[..., None])
+            q[h] = backup(problem, stages[h - 1]).reshape(size)
+            weights = policy_table(mdp, policy[h]) if table is None else table
+            stages[h] = (weights * q[h]).sum(axis=1)
+        return Evaluation(stages, q, q - stages[..., None])
     matrix, reward = chain(mdp, policy)
     values = np.zeros(size[0])
     alive = np.ones(size[0], bool) if mdp.gamma < 1.0 else ~_settled(mdp, matrix, reward)
