@@ -4,7 +4,8 @@ Sources: S3 §4.1 (alg 1 value iteration, alg 2 policy iteration, eqs 4–10; it
 1994 (§6.5 modified policy iteration, §6.6 span stopping), MacQueen 1967 (action elimination).
 
 Every infinite-horizon solver returns V with ‖V − V*‖∞ ≤ tol, and `error_bound` is the bound that was proven for the
-returned V from its Bellman residual ‖TV − V‖∞, the rounding of float64 included. At γ = 1 see `upslope.exact.undiscounted`.
+returned V from its Bellman residual ‖TV − V‖∞, the rounding of float64 included. At γ = 1 see
+`upslope.exact.undiscounted`.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def value_iteration(
     Args:
         tol: bound on ‖V − V*‖∞, in units of reward.
         stop: "sup" stops by ‖V_{k+1} − V_k‖∞ γ/(1−γ) ≤ tol; "span" by (max d − min d) γ/(1−γ) ≤ 2 tol with
-            d = V_{k+1} − V_k, then adds the midrange γ/(1−γ) (max d + min d)/2 to every state: never slower, and usually
-            much faster. At γ = 1 both stop by the residual times the expected number of steps.
+            d = V_{k+1} − V_k, then adds the midrange γ/(1−γ) (max d + min d)/2 to every state: never slower, and
+            usually much faster. At γ = 1 both stop by the residual times the expected number of steps.
         eliminate: drop actions as soon as MacQueen's bounds prove them worse than another (γ < 1).
 
     Raises:
@@ -227,8 +228,8 @@ def _modified_sweeps(
 
 
 def _eliminate(pairs: Pairs, q: np.ndarray, new: np.ndarray, reach: float) -> Pairs:
-    """Drops actions that cannot be optimal: V* lies in TV + γ/(1−γ)·[min d, max d], a range of width `reach`, so what is
-    further than that below the best is never best (MacQueen 1967). Only when that shortens a sweep noticeably."""
+    """Drops actions that cannot be optimal: V* lies in TV + γ/(1−γ)·[min d, max d], a range of width `reach`, so what
+    is further than that below the best is never best (MacQueen 1967). Only when that shortens a sweep noticeably."""
     if pairs.width == 1 or reach > float(new.max() - q.min()):
         return pairs
     kept = q >= np.repeat(new - (reach * (1.0 + 1e-9) + 4.0 * rounding(pairs, new)), np.diff(pairs.start))
@@ -345,6 +346,6 @@ def _give_up(residuals: list[float], pairs: Pairs, values: np.ndarray, tol: floa
 def _no_horizon(mdp: MDP, name: str) -> None:
     if mdp.horizon is not None:
         raise ValueError(
-            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best policy depends on "
-            "the time left; use value_iteration, or mdp.replace(horizon=None)"
+            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best policy depends "
+            "on the time left; use value_iteration, or mdp.replace(horizon=None)"
         )

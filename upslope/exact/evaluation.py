@@ -68,7 +68,8 @@ def chain(mdp: MDP, policy: Policy) -> tuple[sp.csr_array, Float[np.ndarray, " S
 
 
 def evaluate_policy(mdp: MDP, policy: Policy, horizon: int | None = None) -> Evaluation:
-    """V^π = (I − γP_π)⁻¹ r_π, Q^π = r + γ P V^π, A^π = Q^π − V^π (S3 eq 10, S4 2.3.1); by backward steps with a horizon.
+    """V^π = (I − γP_π)⁻¹ r_π, Q^π = r + γ P V^π, A^π = Q^π − V^π (S3 eq 10, S4 2.3.1); by backward steps with a
+    horizon.
 
     Args:
         policy: [S] actions or [S, A] probabilities. With a horizon H also the [H+1, S] table that `value_iteration`
@@ -106,7 +107,8 @@ def evaluate_policy(mdp: MDP, policy: Policy, horizon: int | None = None) -> Eva
 
 
 def state_visitation(mdp: MDP, policy: Policy, normalize: bool = False) -> Float[np.ndarray, " S"]:
-    """d^π(s) = Σ_t γ^t Pr(s_t = s | π, ρ₀), t < H when there is a horizon; terminal states count 0, the episode is over.
+    """d^π(s) = Σ_t γ^t Pr(s_t = s | π, ρ₀), t < H when there is a horizon; terminal states count 0, the episode is
+    over.
 
     With it ∇J = Σ_s d^π(s) Σ_a Q^π(s,a) ∇π(a|s) and J(π') − J(π) = Σ_s d^π'(s) Σ_a π'(a|s) A^π(s,a): **un**normalised,
     it is the one for which both hold with equality (S0 2.4.1).

@@ -83,8 +83,9 @@ def soft_value_iteration(
     horizon = mdp.horizon if horizon is None else horizon
     _check(mdp, alpha, horizon, tol)
     if horizon is not None:
-        stages, q_stages = np.zeros((horizon + 1, mdp.num_states)), np.zeros((horizon + 1, mdp.num_states,
-        mdp.num_actions)) for h in range(1, horizon + 1):
+        stages = np.zeros((horizon + 1, mdp.num_states))
+        q_stages = np.zeros((horizon + 1, mdp.num_states, mdp.num_actions))
+        for h in range(1, horizon + 1):
             q_stages[h] = _backup(mdp, stages[h - 1])
             stages[h] = np.where(mdp.terminal, 0.0, soft_value(q_stages[h], alpha))
         change = np.abs(np.diff(stages, axis=0)).max(axis=1)
@@ -108,7 +109,8 @@ def soft_value_iteration(
 def soft_policy_iteration(
     mdp: MDP, tol: float = 1e-8, alpha: float = 1.0, policy: Policy | None = None, watch: Watch | None = None
 ) -> Solution:
-    """Soft evaluation (A.7, A.8) and soft improvement (A.9) in turn; Q never falls (lemma 2), to the optimum (theorem 1).
+    """Soft evaluation (A.7, A.8) and soft improvement (A.9) in turn; Q never falls (lemma 2), to the optimum (theorem
+    1).
 
     Args:
         tol: proven bound on ‖V − V*_α‖∞.
@@ -144,8 +146,10 @@ def _backup(mdp: MDP, values: Float[np.ndarray, " S"]) -> Float[np.ndarray, "S A
 
 
 def _rounding(mdp: MDP, values: np.ndarray, alpha: float) -> float:
-    # exp and log add a few roundings, relative to the soft value itself and to α
-    return rounding(pairs_of(mdp), values) + 16.0 * float(np.finfo(np.float64).eps) * alpha * (1.0 + np.log(mdp.num_actions))
+    eps = float(np.finfo(np.float64).eps)
+    return rounding(pairs_of(mdp), values) + 16.0 * eps * alpha * (
+        1.0 + np.log(mdp.num_actions)
+    )  # exp and log add theirs
 
 
 def _give_up(residuals: list[float], mdp: MDP, values: np.ndarray, alpha: float, tol: float) -> None:
@@ -161,4 +165,6 @@ def _check(mdp: MDP, alpha: float, horizon: int | None = None, tol: float = 1.0)
     if horizon is not None and (horizon != int(horizon) or horizon < 1):
         raise ValueError(f"horizon: a positive number of actions, got {horizon}")
     if horizon is None and mdp.gamma == 1.0:
-        raise ValueError("gamma: 1 needs a horizon here: the entropy bonus is earned at every step and need not be finite")
+        raise ValueError(
+            "gamma: 1 needs a horizon here: the entropy bonus is earned at every step and need not be finite"
+        )

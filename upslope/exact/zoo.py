@@ -57,7 +57,8 @@ def gambler(heads: float = 0.4, goal: int = 100) -> MDP:
 
 
 def jacks_cars(capacity: int = 20, max_move: int = 5) -> MDP:
-    """S&B example 4.2, Jack's car rental: Poisson requests (3, 4) and returns (3, 2), $10 a rental, $2 a moved car, γ = .9.
+    """S&B example 4.2, Jack's car rental: Poisson requests (3, 4) and returns (3, 2), $10 a rental, $2 a moved car, γ =
+    .9.
 
     State first·(capacity + 1) + second, actions 0, +1, −1, +2, −2, … cars from the first place to the second; a move of
     more cars than there are moves those. Tails of the Poisson distributions are exact, not cut.
@@ -171,7 +172,8 @@ MAXIMIZATION_BIAS_ACTIONS = np.array([[True] * 2 + [False] * 8, [True] * 10, [Tr
 
 
 def blind_cliffwalk(states: int = 10) -> MDP:
-    """Blind Cliffwalk (Schaul et al. 2016, appendix B): the right action, which alternates, goes on; the other one ends.
+    """Blind Cliffwalk (Schaul et al. 2016, appendix B): the right action, which alternates, goes on; the other one
+    ends.
 
     +1 at the end of the walk, γ = 1 − 1/n. A random policy is rewarded with probability 2^−n; V*(start) = γ^{n−1}.
     """
