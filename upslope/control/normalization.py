@@ -1,0 +1,109 @@
+"""Observation and reward normalisation whose statistics are data in the checkpoint, frozen while a rollout is collected.
+
+Observations are scaled by statistics of the rollouts before this one, so the policy that is updated saw exactly what the
+policy that acted saw (the ratio is 1 on the first minibatch). Rewards are scaled after collection, by statistics that
+include the rollout itself.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from upslope.control.networks import Observation
+from upslope.core import statistics
+from upslope.core.statistics import Moments
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is normalised, and where it is clipped."""
+
+    observation: bool = False  # (o - mean) / std of every number; images are left alone
+    observation_clip: float = 10.0  # standard deviations
+    reward: bool = False  # r / std of the discounted return
+    reward_clip: float = 10.0  # after scaling
+    reward_sign: bool = False  # Atari: the sign of the reward is all that is learned from
+
+    def __post_init__(self) -> None:
+        for name in ("observation_clip", "reward_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"normalization.{name} is {getattr(self, name)}, allowed: positive numbers")
+
+
+class Normalizer(NamedTuple):
+    """Statistics: one `Moments` per normalised observation part, one for returns, and each environment's running return."""
+
+    observation: dict[str, Moments]  # "" for an observation that is not a Dict
+    discounted: Moments
+    running: Float[Tensor, " N"]  # Σ γ^k r of each environment's episode so far
+
+
+def start(space: spaces.Space, num_envs: int, config: Config) -> Normalizer:
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    normalised = {
+        name: statistics.moments(part.shape)
+        for name, part in parts.items()
+        if config.observation and isinstance(part, spaces.Box) and np.issubdtype(part.dtype, np.floating)
+    }
+    return Normalizer(normalised, statistics.moments(()), torch.zeros(num_envs, dtype=torch.float64))
+
+
+def observation(normalizer: Normalizer, raw: Observation, config: Config) -> Observation:
+    """Scale and clip; parts without statistics pass."""
+    if not normalizer.observation:
+        return raw
+    if isinstance(raw, dict):
+        return {
+            name: normalizer.observation[name].normalize(part, config.observation_clip)
+            if name in normalizer.observation
+            else part
+            for name, part in raw.items()
+        }
+    return normalizer.observation[""].normalize(raw, config.observation_clip)
+
+
+def observe(normalizer: Normalizer, raw: Observation, valid: Bool[Tensor, "N T"] | None) -> Normalizer:
+    """Add a rollout of raw observations [N, T, ...] to the statistics."""
+    if not normalizer.observation:
+        return normalizer
+    parts = raw if isinstance(raw, dict) else {"": raw}
+    rows = None if valid is None else valid.flatten()
+    seen = {
+        name: statistics.observe(moments, parts[name].flatten(0, 1), rows)
+        for name, moments in normalizer.observation.items()
+    }
+    return normalizer._replace(observation=seen)
+
+
+def rewards(
+    normalizer: Normalizer,
+    raw: Float[Tensor, "N T"],
+    ended: Bool[Tensor, "N T"],
+    valid: Bool[Tensor, "N T"] | None,
+    gamma: float,
+    config: Config,
+) -> tuple[Float[Tensor, "N T"], Normalizer]:
+    """Scale a rollout's rewards by the standard deviation of the discounted return (VecNormalize of Baselines).
+
+    The running return R ← γR + r restarts after an episode ends. Only the scale is normalised: a shift would change
+    which policy is best.
+    """
+    if config.reward_sign:
+        raw = raw.sign()
+    if not config.reward:
+        return raw, normalizer
+    running, history = normalizer.running, []
+    for t in range(raw.shape[1]):
+        running = gamma * running + raw[:, t]
+        history.append(running)
+        running = torch.where(ended[:, t], 0.0, running)
+    rows = None if valid is None else valid.flatten()
+    discounted = statistics.observe(normalizer.discounted, torch.stack(history, 1).flatten(), rows)
+    scaled = raw / (discounted.variance() + 1e-8).sqrt()
+    clipped = scaled.clamp(-config.reward_clip, config.reward_clip)
+    return clipped, normalizer._replace(discounted=discounted, running=running)

@@ -1,0 +1,136 @@
+"""Optimisers on θ as vector formulas, step for step equal to `torch.optim`'s.
+
+A configuration is a frozen dataclass with two methods: `start(theta)` gives the empty memory and `ascend` takes one step
+*uphill* along a gradient. θ and the memory are updated in place and returned, as donated buffers would be.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class AdamState(NamedTuple):
+    step: int
+    mean: Float[Tensor, " d"]
+    square: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1), ε outside the root.
+
+    m ← β1 m + (1-β1) g;  v ← β2 v + (1-β2) g²;  θ ← θ + lr · (m/(1-β1^t)) / (√(v/(1-β2^t)) + ε)
+    """
+
+    learning_rate: float = 3e-4
+    epsilon: float = 1e-5  # PPO's 1e-5, not PyTorch's 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def start(self, theta: Float[Tensor, " d"]) -> AdamState:
+        return AdamState(0, torch.zeros_like(theta), torch.zeros_like(theta))
+
+    @torch.no_grad()
+    def ascend(
+        self, theta: Float[Tensor, " d"], state: AdamState, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], AdamState]:
+        step = state.step + 1
+        state.mean.lerp_(gradient, 1 - self.beta1)
+        state.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        # √v̂ + ε = (√v + ε√c2)/√c2 with c2 = 1-β2^t: one vector operation less
+        root = math.sqrt(1 - self.beta2**step)
+        denominator = state.square.sqrt().add_(self.epsilon * root)
+        theta.addcdiv_(state.mean, denominator, value=learning_rate * root / (1 - self.beta1**step))
+        return theta, AdamState(step, state.mean, state.square)
+
+
+class RMSPropState(NamedTuple):
+    step: int
+    square: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True)
+class RMSProp:
+    """RMSProp (Tieleman & Hinton 2012). v ← α v + (1-α) g²;  θ ← θ + lr · g / (√v + ε), or g / √(v + ε).
+
+    ε stands outside the root in PyTorch and inside it in TensorFlow, where v also starts at 1: A2C is sensitive to it.
+    """
+
+    learning_rate: float = 7e-4
+    epsilon: float = 1e-5
+    alpha: float = 0.99
+    epsilon_inside: bool = False  # TensorFlow's placement, v starting at 1
+
+    def start(self, theta: Float[Tensor, " d"]) -> RMSPropState:
+        return RMSPropState(0, torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta))
+
+    @torch.no_grad()
+    def ascend(
+        self, theta: Float[Tensor, " d"], state: RMSPropState, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], RMSPropState]:
+        state.square.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
+        if self.epsilon_inside:
+            denominator = (state.square + self.epsilon).sqrt_()
+        else:
+            denominator = state.square.sqrt().add_(self.epsilon)
+        theta.addcdiv_(gradient, denominator, value=learning_rate)
+        return theta, RMSPropState(state.step + 1, state.square)
+
+
+class SGDState(NamedTuple):
+    step: int
+    velocity: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Gradient ascent with heavy-ball momentum: b ← μ b + g;  θ ← θ + lr · b."""
+
+    learning_rate: float = 1e-2
+    momentum: float = 0.0
+
+    def start(self, theta: Float[Tensor, " d"]) -> SGDState:
+        return SGDState(0, torch.zeros_like(theta))
+
+    @torch.no_grad()
+    def ascend(
+        self, theta: Float[Tensor, " d"], state: SGDState, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], SGDState]:
+        state.velocity.mul_(self.momentum).add_(gradient)
+        theta.add_(state.velocity, alpha=learning_rate)
+        return theta, SGDState(state.step + 1, state.velocity)
+
+
+Optimizer = Adam | RMSProp | SGD
+State = AdamState | RMSPropState | SGDState
+
+
+@torch.no_grad()
+def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> float:
+    """Scale the gradient in place to a norm of at most `max_norm`; returns the norm before, which is NaN if any entry is.
+
+    As `torch.nn.utils.clip_grad_norm_`: scale = min(1, max_norm / (norm + 1e-6)). All of θ is one vector: one norm.
+
+    >>> g = torch.tensor([3.0, 4.0])
+    >>> clip_norm(g, 1.0), round(float(g.norm()), 4)
+    (5.0, 1.0)
+    """
+    norm = float(torch.linalg.vector_norm(gradient))
+    if max_norm is not None:
+        scale = max_norm / (norm + 1e-6)
+        if scale < 1:
+            gradient.mul_(scale)
+    return norm
+
+
+def linear(initial: float, progress: float, anneal: bool) -> float:
+    """A schedule: `initial`, or falling linearly to 0 as progress goes from 0 to 1.
+
+    >>> linear(1.0, 0.25, True), linear(1.0, 0.25, False)
+    (0.75, 1.0)
+    """
+    return initial * max(0.0, 1.0 - progress) if anneal else initial

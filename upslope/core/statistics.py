@@ -1,0 +1,77 @@
+"""Running mean and variance that merge exactly: what a normaliser remembers."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of all samples seen so far, per feature, in float64."""
+
+    count: Float[Tensor, ""]
+    mean: Float[Tensor, "*feature"]
+    squares: Float[Tensor, "*feature"]
+
+    def variance(self) -> Float[Tensor, "*feature"]:
+        """Population variance; 1 before anything was seen, so that normalising is then the identity."""
+        return torch.where(self.count > 0, self.squares / self.count.clamp(min=1.0), 1.0)
+
+    def normalize(
+        self, values: Float[Tensor, "*batch_feature"], clip: float = 10.0, epsilon: float = 1e-8
+    ) -> Float[Tensor, "*batch_feature"]:
+        """clip((x - mean) / sqrt(var + epsilon), -clip, clip), in the dtype of `values`' floating type."""
+        dtype = values.dtype if values.dtype.is_floating_point else torch.get_default_dtype()
+        scale = (self.variance() + epsilon).rsqrt()
+        return ((values.to(torch.float64) - self.mean) * scale).clamp(-clip, clip).to(dtype)
+
+
+def moments(shape: tuple[int, ...]) -> Moments:
+    """Nothing seen yet.
+
+    >>> moments((2,)).variance().tolist()
+    [1.0, 1.0]
+    """
+    return Moments(
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros(shape, dtype=torch.float64),
+        torch.zeros(shape, dtype=torch.float64),
+    )
+
+
+def observe(
+    seen: Moments, samples: Float[Tensor, "batch *feature"], valid: Bool[Tensor, " batch"] | None = None
+) -> Moments:
+    """Add a batch of samples (Chan, Golub & LeVeque 1979, eq 2.1; Welford 1962 for a batch of one).
+
+    Args:
+        seen: what was seen before.
+        samples: new samples, batch first.
+        valid: which of them count; all when `None`.
+
+    >>> observe(moments(()), torch.tensor([1.0, 2.0, 3.0])).mean.item()
+    2.0
+    """
+    if samples.shape[1:] != seen.mean.shape:
+        raise ValueError(f"samples has features of shape {tuple(samples.shape[1:])}, expected {tuple(seen.mean.shape)}")
+    samples = samples.to(torch.float64)
+    if valid is not None:
+        samples = samples[valid]
+    if samples.shape[0] == 0:
+        return seen
+    mean = samples.mean(0)
+    return merge(seen, Moments(seen.count.new_tensor(samples.shape[0]), mean, (samples - mean).square().sum(0)))
+
+
+def merge(one: Moments, other: Moments) -> Moments:
+    """The moments of both sets together; also how ranks agree on their statistics.
+
+    >>> a, b = observe(moments(()), torch.tensor([1.0])), observe(moments(()), torch.tensor([3.0]))
+    >>> merge(a, b).variance().item()
+    1.0
+    """
+    count = one.count + other.count
+    share = other.count / count.clamp(min=1.0)
+    shift = other.mean - one.mean
+    return Moments(count, one.mean + shift * share, one.squares + other.squares + shift.square() * one.count * share)
