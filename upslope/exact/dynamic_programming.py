@@ -346,6 +346,6 @@ def _give_up(residuals: list[float], pairs: Pairs, values: np.ndarray, tol: floa
 def _no_horizon(mdp: MDP, name: str) -> None:
     if mdp.horizon is not None:
         raise ValueError(
-            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best policy depends "
+            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best one depends "
             "on the time left; use value_iteration, or mdp.replace(horizon=None)"
         )

@@ -68,8 +68,9 @@ def chain(mdp: MDP, policy: Policy) -> tuple[sp.csr_array, Float[np.ndarray, " S
 
 
 def evaluate_policy(mdp: MDP, policy: Policy, horizon: int | None = None) -> Evaluation:
-    """V^π = (I − γP_π)⁻¹ r_π, Q^π = r + γ P V^π, A^π = Q^π − V^π (S3 eq 10, S4 2.3.1); by backward steps with a
-    horizon.
+    """V^π = (I − γP_π)⁻¹ r_π, Q^π = r + γ P V^π, A^π = Q^π − V^π (S3 eq 10, S4 2.3.1).
+
+    With a horizon by backward steps.
 
     Args:
         policy: [S] actions or [S, A] probabilities. With a horizon H also the [H+1, S] table that `value_iteration`

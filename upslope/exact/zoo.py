@@ -57,11 +57,10 @@ def gambler(heads: float = 0.4, goal: int = 100) -> MDP:
 
 
 def jacks_cars(capacity: int = 20, max_move: int = 5) -> MDP:
-    """S&B example 4.2, Jack's car rental: Poisson requests (3, 4) and returns (3, 2), $10 a rental, $2 a moved car, γ =
-    .9.
+    """S&B example 4.2, Jack's car rental: Poisson requests (3, 4) and returns (3, 2), $10 a rental, $2 a moved car.
 
-    State first·(capacity + 1) + second, actions 0, +1, −1, +2, −2, … cars from the first place to the second; a move of
-    more cars than there are moves those. Tails of the Poisson distributions are exact, not cut.
+    γ = .9. State first·(capacity + 1) + second, actions 0, +1, −1, +2, −2, … cars from the first place to the second; a
+    move of more cars than there are moves those. Tails of the Poisson distributions are exact, not cut.
     V(0,0) = 421.4, V(20,20) = 637.0; 270 of 441 states move nothing.
     """
     side = capacity + 1
