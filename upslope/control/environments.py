@@ -1,7 +1,7 @@
 """Vectors of Gymnasium environments behind one interface, whatever their autoreset mode.
 
-`terminated` and `truncated` never merge, `next_observation` is the true successor even where an episode ended, and reset
-rows of NEXT_STEP environments come with `valid = False`.
+`terminated` and `truncated` never merge, `next_observation` is the true successor even where an episode ended, and
+reset rows of NEXT_STEP environments come with `valid = False`.
 """
 
 import difflib
@@ -10,10 +10,11 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -29,7 +30,7 @@ Observation = np.ndarray | dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Atari:
-    """The nine Atari details of the "37 details" list that belong to the environment (Machado et al. 2018; Mnih et al. 2015)."""
+    """The Atari details of the "37 details" list that belong to the environment (Mnih et al. 2015)."""
 
     noop_max: int = 30  # random no-ops at reset, drawn by the episode's seed
     frame_skip: int = 4  # frames an action is repeated, the last two max-pooled
@@ -43,7 +44,7 @@ class Atari:
 class Config:
     """Which environment, how many, and how they are run."""
 
-    id: str = "CartPole-v1"
+    id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "CartPole-v1"
     num_envs: int = 8
     vectorization: Literal["auto", "native", "sync", "async", "envpool"] = "auto"
     autoreset: Literal["disabled", "same-step", "next-step"] = "disabled"  # of sync and async
@@ -91,7 +92,9 @@ class Single:
         try:
             env = gym.make(self.config.id, render_mode=self.render_mode, disable_env_checker=True, **kwargs)
         except gym.error.DependencyNotInstalled as error:
-            raise ValueError(f"environment.id {self.config.id!r} needs a package that is not installed: {error}") from error
+            raise ValueError(
+                f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
+            ) from error
         return preprocess_atari(env, self.config.atari) if self.config.atari else env
 
 
@@ -101,14 +104,18 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
         try:
             import ale_py
         except ImportError as error:
-            raise ValueError(f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'") from error
+            raise ValueError(
+                f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
+            ) from error
         gym.register_envs(ale_py)
     try:
         return gym.spec(environment_id)
     except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(environment_id, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}") from error
+        raise ValueError(
+            f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}"
+        ) from error
 
 
 class FireReset(gym.Wrapper):
@@ -147,8 +154,24 @@ def preprocess_atari(env: gym.Env, config: Atari) -> gym.Env:
     return FrameStackObservation(env, config.frame_stack)
 
 
+def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
+    """A batch of policy outputs as actions of the space: boxes clipped to their bounds, shapes and types as declared.
+
+    >>> to_space(spaces.Box(-1.0, 1.0, (1,)), np.array([[3.0]])).tolist()
+    [[1.0]]
+    """
+    if isinstance(space, spaces.Box):
+        clipped = np.clip(action, space.low.reshape(-1), space.high.reshape(-1))
+        return clipped.astype(space.dtype, copy=False).reshape(-1, *space.shape)
+    if isinstance(space, spaces.Discrete):
+        return action + space.start if space.start else action
+    if isinstance(space, spaces.MultiDiscrete):
+        return action + space.start
+    return action.astype(np.int8).reshape(-1, *space.shape)
+
+
 class Environments:
-    """N environments that step together. Made by `make`; `snapshot` and `make(..., start=...)` carry it across a kill."""
+    """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
     def __init__(self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool) -> None:
         self.config, self.envs, self.seed, self.native, self.exact = config, envs, seed, native, exact
@@ -159,7 +182,6 @@ class Environments:
         self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
         self._owed = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next row is a reset row
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
-        self._bounds = _clip_bounds(self.action_space)
 
     def reset(self) -> Observation:
         observation, infos = self.envs.reset(seed=derive(self.seed, "native") % 2**31 if self.native else None)
@@ -173,7 +195,7 @@ class Environments:
         Raises:
             ValueError: a NaN or infinite observation or reward, naming environment, step and episode seed.
         """
-        observation, reward, terminated, truncated, infos = self._advance(self._to_environment(action))
+        observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
         self._refuse_non_finite(observation, reward)
         ended = terminated | truncated
         next_observation, valid = observation, None
@@ -187,7 +209,9 @@ class Environments:
                 self._refuse_non_finite(next_observation, None)
             elif self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
-                infos = {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
+                infos = (
+                    {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
+                )
                 self._refuse_non_finite(observation, None)
             self.episode = self.episode + ended
             self.length[ended] = 0
@@ -203,17 +227,6 @@ class Environments:
             return self.envs.step_wait(timeout=STEP_TIMEOUT)
         return self.envs.step(action)
 
-    def _to_environment(self, action: np.ndarray) -> np.ndarray:
-        space = self.action_space
-        if isinstance(space, spaces.Box):
-            low, high = self._bounds
-            return np.clip(action, low, high).astype(space.dtype, copy=False).reshape(self.num_envs, *space.shape)
-        if isinstance(space, spaces.Discrete) and space.start != 0:
-            return action + space.start
-        if isinstance(space, spaces.MultiBinary):
-            return action.astype(np.int8).reshape(self.num_envs, *space.shape)
-        return action
-
     def _refuse_non_finite(self, observation: Observation, reward: np.ndarray | None) -> None:
         bad = _non_finite(observation) if reward is None else _non_finite(observation, reward)
         if bad is None:
@@ -221,8 +234,9 @@ class Environments:
         what, index = bad
         at = f"its reset seed {episodes.episode_seed(self.seed, index, int(self.episode[index]))}"
         raise ValueError(
-            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step {int(self.length[index]) + 1} "
-            f"of its episode {int(self.episode[index])} ({'run seed ' + str(self.seed) if self.native else at}); "
+            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
+            f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
+            f"({'run seed ' + str(self.seed) if self.native else at}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
@@ -231,7 +245,7 @@ class Environments:
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
         if self.native:
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
-        shots = self.envs.call("snapshot")
+        shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
         flat = [action for shot in shots for action in shot.actions]
         actions = np.stack(flat) if flat else np.zeros((0,))
@@ -271,7 +285,9 @@ def make(
         check = episodes.replay_check(factory)
         exact = check.exact
         if not exact:
-            log.warning("%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id)
+            log.warning(
+                "%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id
+            )
         shots = _snapshots(config.num_envs, start)
         starts = [episodes.EpisodeStarts(factory, seed, first_index + i, check.fresh, s) for i, s in enumerate(shots)]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
@@ -315,17 +331,11 @@ def _snapshots(num_envs: int, start: dict[str, np.ndarray] | None) -> list[episo
     return [episodes.Snapshot(int(b), list(a), bool(e)) for b, a, e in zip(begun, parts, ended, strict=True)]
 
 
-def _clip_bounds(space: spaces.Space) -> tuple[Any, Any]:
-    if not isinstance(space, spaces.Box):
-        return None, None
-    return space.low.reshape(-1), space.high.reshape(-1)
-
-
 def _place(observation: Observation, final: np.ndarray, ended: np.ndarray) -> Observation:
     """The batch of successors: the final observation where an episode ended, the observation elsewhere."""
     if isinstance(observation, dict):
         return {
-            key: _place(value, np.array([None if f is None else f[key] for f in final], dtype=object), ended)  # type: ignore
+            key: _place(value, np.array([None if f is None else f[key] for f in final], dtype=object), ended)
             for key, value in observation.items()
         }
     successor = observation.copy()

@@ -1,6 +1,6 @@
-"""Episodes that can be repeated: each is reset with a seed of its own, so its state is that seed plus the actions since.
+"""Episodes that can be repeated: each is reset with a seed of its own; its state is that seed and the actions since.
 
-This is how a killed run resumes exactly without pickling a simulator: reset with the episode's seed, replay its actions.
+This is how a killed run resumes exactly without pickling a simulator: reset with the seed, replay the actions.
 """
 
 import functools
@@ -33,7 +33,7 @@ def episode_seed(seed: int, index: int, episode: int) -> int:
 
 
 class Episodes(gym.Wrapper):
-    """Seeds every episode by (run seed, environment index, episode index), records its actions, and can start inside one.
+    """Seeds every episode by (run seed, environment index, episode index), records its actions, can start inside one.
 
     Args:
         make: builds the environment.
@@ -79,7 +79,8 @@ class Episodes(gym.Wrapper):
         except Exception as error:
             error.add_note(
                 f"in environment {self._index} ({self.spec.id if self.spec else self.env}), "
-                f"episode {self._episode} (reset seed {self.episode_seed}), step {len(self._actions)}, action {action!r}"
+                f"episode {self._episode} (reset seed {self.episode_seed}), step {len(self._actions)}, "
+                f"action {action!r}"
             )
             raise
         self._ended = bool(terminated or truncated)

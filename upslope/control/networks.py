@@ -1,4 +1,4 @@
-"""Policies and values as modules: encoders for flat, image, discrete and Dict observations, heads for every action space."""
+"""Policies and values as modules: encoders for flat, image, discrete and Dict observations, heads for all actions."""
 
 import math
 from collections.abc import Callable
@@ -16,17 +16,23 @@ from upslope.core.distributions import Distribution
 
 Observation = Tensor | dict[str, Tensor]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The network's shape. Actor and critic are separate unless `shared`, which lets them share the encoder and torso."""
+    """The network's shape. Actor and critic are separate unless `shared`: then they share the encoder and torso."""
 
     hidden: tuple[int, ...] = (64, 64)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
     shared: bool = False
-    orthogonal: bool = True  # gain √2 (5/3-free, as the paper's code), heads 0.01 and 1, biases 0
+    orthogonal: bool = True  # gain √2, policy head 0.01, value head 1, biases 0
     log_std: float = 0.0  # initial log standard deviation of continuous actions
     state_dependent_noise: bool = False  # gSDE instead of independent noise
     cnn_features: int = 512
@@ -37,7 +43,7 @@ class Config:
 
 
 class NatureCNN(nn.Module):
-    """The convolutions of Mnih et al. 2015: 32 8×8/4, 64 4×4/2, 64 3×3/1, then a linear layer. Pixels are divided by 255."""
+    """The convolutions of Mnih et al. 2015: 32 8×8/4, 64 4×4/2, 64 3×3/1, a linear layer; pixels are divided by 255."""
 
     def __init__(self, space: spaces.Box, features: int) -> None:
         super().__init__()
@@ -105,7 +111,7 @@ class Dictionary(nn.Module):
     def __init__(self, space: spaces.Dict, features: int) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict({key: encoder(part, features) for key, part in sorted(space.spaces.items())})
-        self.size = sum(part.size for part in self.encoders.values())  # type: ignore[misc]
+        self.size = sum(part.size for part in self.encoders.values())
 
     def forward(self, observation: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
         return torch.cat([part(observation[key]) for key, part in self.encoders.items()], -1)
@@ -126,8 +132,8 @@ def encoder(space: spaces.Space, features: int) -> nn.Module:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return OneHot(space)
     raise ValueError(
-        f"observation space {space} is not supported; allowed: Box, Discrete, MultiDiscrete, MultiBinary and Dict of these "
-        "(gymnasium.wrappers.FlattenObservation turns a Tuple into a Box)"
+        f"observation space {space} is not supported; allowed: Box, Discrete, MultiDiscrete, MultiBinary and Dict of "
+        "these (gymnasium.wrappers.FlattenObservation turns a Tuple into a Box)"
     )
 
 
@@ -168,7 +174,8 @@ class Head(nn.Module):
             outputs, self.kind = math.prod(space.shape), "gaussian"
         else:
             raise ValueError(
-                f"action space {space} is not supported; allowed: Discrete, MultiDiscrete (one axis), MultiBinary, Box of floats"
+                f"action space {space} is not supported; allowed: Discrete, MultiDiscrete (one axis), MultiBinary, "
+                "Box of floats"
             )
         self.linear = nn.Linear(features, outputs)
         if config.orthogonal:
@@ -226,9 +233,7 @@ def _torso(space: spaces.Space, config: Config) -> tuple[nn.Module, nn.Sequentia
     return encode, mlp(encode.size, config.hidden, config.activation, config.orthogonal)  # type: ignore[arg-type]
 
 
-def actor_critic(
-    observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int
-) -> ActorCritic:
+def actor_critic(observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int) -> ActorCritic:
     """An `ActorCritic` whose initial weights are a function of the seed alone; no global random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -238,6 +243,6 @@ def actor_critic(
 def to_tensors(observation: Any) -> Observation:
     """NumPy observations as tensors: float64 becomes the default float dtype, the rest keeps its type."""
     if isinstance(observation, dict):
-        return {key: to_tensors(value) for key, value in observation.items()}  # type: ignore[misc]
+        return {key: to_tensors(value) for key, value in observation.items()}
     tensor = torch.from_numpy(np.ascontiguousarray(observation))
     return tensor.to(torch.get_default_dtype()) if tensor.dtype.is_floating_point else tensor

@@ -1,8 +1,8 @@
-"""Observation and reward normalisation whose statistics are data in the checkpoint, frozen while a rollout is collected.
+"""Observation and reward normalisation; the statistics are data in the checkpoint, frozen while a rollout is collected.
 
-Observations are scaled by statistics of the rollouts before this one, so the policy that is updated saw exactly what the
-policy that acted saw (the ratio is 1 on the first minibatch). Rewards are scaled after collection, by statistics that
-include the rollout itself.
+Observations are scaled by statistics of the rollouts before this one, so the policy that is updated sees exactly what
+the policy that acted saw (the ratio is 1 on the first minibatch). Rewards are scaled after collection, by statistics
+that include the rollout itself.
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,14 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("observation_clip", "reward_clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"normalization.{name} is {getattr(self, name)}, allowed: positive numbers")
+                raise ValueError(f"normalize.{name} is {getattr(self, name)}, allowed: positive numbers")
+
+
+_RETURN = "<return>"  # no key of a Dict observation
 
 
 class Normalizer(NamedTuple):
-    """Statistics: one `Moments` per normalised observation part, one for returns, and each environment's running return."""
+    """One `Moments` per normalised part of the observation, one for returns, each environment's running return."""
 
     observation: dict[str, Moments]  # "" for an observation that is not a Dict
     discounted: Moments
@@ -107,3 +110,18 @@ def rewards(
     scaled = raw / (discounted.variance() + 1e-8).sqrt()
     clipped = scaled.clamp(-config.reward_clip, config.reward_clip)
     return clipped, normalizer._replace(discounted=discounted, running=running)
+
+
+def pack(normalizer: Normalizer) -> dict[str, Tensor]:
+    """The statistics as tensors, for a checkpoint."""
+    tensors = {"normalizer.running": normalizer.running}
+    for name, moments in (*normalizer.observation.items(), (_RETURN, normalizer.discounted)):
+        tensors |= {f"normalizer.{name}.{field}": value for field, value in moments._asdict().items()}
+    return tensors
+
+
+def unpack(tensors: dict[str, Tensor], space: spaces.Space, config: Config) -> Normalizer:
+    """The statistics that `pack` put away."""
+    moments = lambda name: Moments(*(tensors[f"normalizer.{name}.{field}"] for field in Moments._fields))  # noqa: E731
+    names = start(space, 1, config).observation
+    return Normalizer({name: moments(name) for name in names}, moments(_RETURN), tensors["normalizer.running"])

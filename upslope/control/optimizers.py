@@ -1,7 +1,7 @@
 """Optimisers on θ as vector formulas, step for step equal to `torch.optim`'s.
 
-A configuration is a frozen dataclass with two methods: `start(theta)` gives the empty memory and `ascend` takes one step
-*uphill* along a gradient. θ and the memory are updated in place and returned, as donated buffers would be.
+A configuration is a frozen dataclass with two methods: `start(theta)` gives the empty memory and `ascend` takes one
+step *uphill* along a gradient. θ and the memory are updated in place and returned, as donated buffers would be.
 """
 
 import math
@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class AdamState(NamedTuple):
+class State(NamedTuple):
+    """An optimiser's memory: steps taken, and its running averages."""
+
     step: int
-    mean: Float[Tensor, " d"]
-    square: Float[Tensor, " d"]
+    memory: tuple[Float[Tensor, " d"], ...]
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,21 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
 
-    def start(self, theta: Float[Tensor, " d"]) -> AdamState:
-        return AdamState(0, torch.zeros_like(theta), torch.zeros_like(theta))
+    def start(self, theta: Float[Tensor, " d"]) -> State:
+        return State(0, (torch.zeros_like(theta), torch.zeros_like(theta)))
 
     @torch.no_grad()
     def ascend(
-        self, theta: Float[Tensor, " d"], state: AdamState, gradient: Float[Tensor, " d"], learning_rate: float
-    ) -> tuple[Float[Tensor, " d"], AdamState]:
-        step = state.step + 1
-        state.mean.lerp_(gradient, 1 - self.beta1)
-        state.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], State]:
+        step, (mean, square) = state.step + 1, state.memory
+        mean.lerp_(gradient, 1 - self.beta1)
+        square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         # √v̂ + ε = (√v + ε√c2)/√c2 with c2 = 1-β2^t: one vector operation less
         root = math.sqrt(1 - self.beta2**step)
-        denominator = state.square.sqrt().add_(self.epsilon * root)
-        theta.addcdiv_(state.mean, denominator, value=learning_rate * root / (1 - self.beta1**step))
-        return theta, AdamState(step, state.mean, state.square)
-
-
-class RMSPropState(NamedTuple):
-    step: int
-    square: Float[Tensor, " d"]
+        denominator = square.sqrt().add_(self.epsilon * root)
+        theta.addcdiv_(mean, denominator, value=learning_rate * root / (1 - self.beta1**step))
+        return theta, State(step, (mean, square))
 
 
 @dataclass(frozen=True)
@@ -65,25 +61,19 @@ class RMSProp:
     alpha: float = 0.99
     epsilon_inside: bool = False  # TensorFlow's placement, v starting at 1
 
-    def start(self, theta: Float[Tensor, " d"]) -> RMSPropState:
-        return RMSPropState(0, torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta))
+    def start(self, theta: Float[Tensor, " d"]) -> State:
+        return State(0, (torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta),))
 
     @torch.no_grad()
     def ascend(
-        self, theta: Float[Tensor, " d"], state: RMSPropState, gradient: Float[Tensor, " d"], learning_rate: float
-    ) -> tuple[Float[Tensor, " d"], RMSPropState]:
-        state.square.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
-        if self.epsilon_inside:
-            denominator = (state.square + self.epsilon).sqrt_()
-        else:
-            denominator = state.square.sqrt().add_(self.epsilon)
+        self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], State]:
+        (square,) = state.memory
+        square.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
+        inside, outside = (self.epsilon, 0.0) if self.epsilon_inside else (0.0, self.epsilon)
+        denominator = (square + inside).sqrt_().add_(outside)
         theta.addcdiv_(gradient, denominator, value=learning_rate)
-        return theta, RMSPropState(state.step + 1, state.square)
-
-
-class SGDState(NamedTuple):
-    step: int
-    velocity: Float[Tensor, " d"]
+        return theta, State(state.step + 1, state.memory)
 
 
 @dataclass(frozen=True)
@@ -93,25 +83,25 @@ class SGD:
     learning_rate: float = 1e-2
     momentum: float = 0.0
 
-    def start(self, theta: Float[Tensor, " d"]) -> SGDState:
-        return SGDState(0, torch.zeros_like(theta))
+    def start(self, theta: Float[Tensor, " d"]) -> State:
+        return State(0, (torch.zeros_like(theta),))
 
     @torch.no_grad()
     def ascend(
-        self, theta: Float[Tensor, " d"], state: SGDState, gradient: Float[Tensor, " d"], learning_rate: float
-    ) -> tuple[Float[Tensor, " d"], SGDState]:
-        state.velocity.mul_(self.momentum).add_(gradient)
-        theta.add_(state.velocity, alpha=learning_rate)
-        return theta, SGDState(state.step + 1, state.velocity)
+        self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
+    ) -> tuple[Float[Tensor, " d"], State]:
+        (velocity,) = state.memory
+        velocity.mul_(self.momentum).add_(gradient)
+        theta.add_(velocity, alpha=learning_rate)
+        return theta, State(state.step + 1, state.memory)
 
 
 Optimizer = Adam | RMSProp | SGD
-State = AdamState | RMSPropState | SGDState
 
 
 @torch.no_grad()
 def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> float:
-    """Scale the gradient in place to a norm of at most `max_norm`; returns the norm before, which is NaN if any entry is.
+    """Scale the gradient in place to a norm of at most `max_norm`; returns the norm before, NaN if any entry is.
 
     As `torch.nn.utils.clip_grad_norm_`: scale = min(1, max_norm / (norm + 1e-6)). All of θ is one vector: one norm.
 
@@ -134,3 +124,15 @@ def linear(initial: float, progress: float, anneal: bool) -> float:
     (0.75, 1.0)
     """
     return initial * max(0.0, 1.0 - progress) if anneal else initial
+
+
+def pack(state: State) -> dict[str, Tensor]:
+    """The memory as tensors, for a checkpoint."""
+    averages = {f"optimizer.memory.{i}": average for i, average in enumerate(state.memory)}
+    return {"optimizer.step": torch.tensor(state.step), **averages}
+
+
+def unpack(tensors: dict[str, Tensor]) -> State:
+    """The memory that `pack` put away."""
+    count = sum(name.startswith("optimizer.memory.") for name in tensors)
+    return State(int(tensors["optimizer.step"]), tuple(tensors[f"optimizer.memory.{i}"] for i in range(count)))

@@ -1,7 +1,7 @@
 """θ is one vector: an `nn.Module` as a pure function of one contiguous tensor.
 
 The papers write θ ∈ R^d, and so do the algorithm files: `net(theta, observation)`. Clipping is then one norm, Adam a
-handful of vector operations, a natural gradient vector algebra, a checkpoint one tensor with a table of names and shapes.
+handful of vector operations, a natural gradient vector algebra, a checkpoint one tensor and a table of names.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class Layout(NamedTuple):
 class Net:
     """A pure function of θ and its inputs, made from a module.
 
-    The module is a skeleton: its own parameters give θ's first value and its layout and are then never read. For a θ that
-    was `bind`-ed, the parameters and gradients are views of two flat buffers, which is the fastest way to run eagerly; any
+    The module is a skeleton: its own parameters give θ's first value and its layout and are then never read. For a θ
+    that was `bind`-ed, parameters and gradients are views of two flat buffers, the fastest way to run eagerly; any
     other tensor (also one under `torch.func` or `torch.compile`) goes through `torch.func.functional_call`.
     """
 

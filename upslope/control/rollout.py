@@ -1,4 +1,4 @@
-"""Collecting rollouts: T steps of N environments under the current policy, and the state of the world between rollouts."""
+"""Collecting rollouts: T steps of N environments under the current policy, and the world between rollouts."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,9 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from upslope.control import environments, normalization
-from upslope.control.networks import Observation, to_tensors
+from upslope.control.networks import Head, Observation, to_tensors
 from upslope.control.parameters import Net
-from upslope.core.statistics import Moments
 
 RECENT = 100  # finished episodes that the reported mean return covers
 
@@ -122,8 +121,7 @@ def collect(
     next_value = torch.cat([value[:, 1:], last.unsqueeze(1)], 1)
     for t, cut, successor in finals:  # the row after these belongs to another episode
         final = normalization.observation(statistics, to_tensors(successor), normalize)
-        cut = torch.from_numpy(cut)
-        next_value[:, t] = torch.where(cut, net(theta, final)[1], next_value[:, t])
+        next_value[:, t] = torch.where(torch.from_numpy(cut), net(theta, final)[1], next_value[:, t])
     scaled, statistics = normalization.rewards(statistics, reward, ended, valid, gamma, normalize)
     if statistics.observation:
         statistics = normalization.observe(statistics, _stack(raws), valid)
@@ -134,16 +132,23 @@ def collect(
 
 def flatten(rollout: Rollout, psi: Float[Tensor, "N T"], value_target: Float[Tensor, "N T"]) -> Batch:
     """The rollout's transitions as one batch of N·T rows."""
-    merge = lambda x: {k: v.flatten(0, 1) for k, v in x.items()} if isinstance(x, dict) else x.flatten(0, 1)  # noqa: E731
     valid = None if rollout.valid is None else rollout.valid.flatten()
     return Batch(
-        merge(rollout.observation), merge(rollout.action), rollout.logp.flatten(), rollout.value.flatten(),
+        _merge(rollout.observation), rollout.action.flatten(0, 1), rollout.logp.flatten(), rollout.value.flatten(),
         psi.flatten(), value_target.flatten(), valid,
     )  # fmt: skip
 
 
+def count(rollout: Rollout) -> int:
+    """Environment steps in a rollout; reset rows are none."""
+    return rollout.reward.numel() if rollout.valid is None else int(rollout.valid.sum())
+
+
 def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller."""
+    """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller.
+
+    One with fewer than two valid transitions has no spread to whiten by and is left out.
+    """
     total = batch.psi.shape[0]
     for _ in range(num_epochs):
         if size >= total:  # the whole batch is a sum over all rows, whatever their order
@@ -152,7 +157,20 @@ def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Gener
         order = torch.randperm(total, generator=generator)
         shuffled = _rows(batch, order)
         for first in range(0, total, size):
-            yield _rows(shuffled, slice(first, first + size))
+            minibatch = _rows(shuffled, slice(first, first + size))
+            count = minibatch.psi.shape[0] if minibatch.valid is None else int(minibatch.valid.sum())
+            if count >= 2:
+                yield minibatch
+
+
+def summary(world: World) -> dict[str, float | int | None]:
+    """What is reported of the last finished episodes; None before the first has finished."""
+    mean = world.recent.mean(0) if len(world.recent) else (None, None)
+    return {
+        "episodes": world.episodes,
+        "episode_return": None if mean[0] is None else float(mean[0]),
+        "episode_length": None if mean[1] is None else float(mean[1]),
+    }
 
 
 def pack(world: World) -> dict[str, Tensor]:
@@ -162,11 +180,7 @@ def pack(world: World) -> dict[str, Tensor]:
     tensors["episode_length"] = torch.from_numpy(world.episode_length.copy())
     tensors["recent"] = torch.from_numpy(world.recent.copy())
     tensors["episodes"] = torch.tensor(world.episodes)
-    tensors["normalizer.running"] = world.normalizer.running
-    for name, moments in (*world.normalizer.observation.items(), ("<return>", world.normalizer.discounted)):
-        for field, value in zip(Moments._fields, moments, strict=True):
-            tensors[f"normalizer.{name}.{field}"] = value
-    return tensors
+    return tensors | normalization.pack(world.normalizer)
 
 
 def unpack(
@@ -179,11 +193,7 @@ def unpack(
     """The world that `pack` put away: environments rebuilt, their episodes replayed."""
     start = {k.removeprefix("environments."): v.numpy() for k, v in tensors.items() if k.startswith("environments.")}
     envs, observation = environments.make(config, seed, first_index, start)
-    moments = lambda name: Moments(*(tensors[f"normalizer.{name}.{field}"] for field in Moments._fields))  # noqa: E731
-    empty = normalization.start(envs.observation_space, envs.num_envs, normalize)
-    normalizer = normalization.Normalizer(
-        {name: moments(name) for name in empty.observation}, moments("<return>"), tensors["normalizer.running"]
-    )
+    normalizer = normalization.unpack(tensors, envs.observation_space, normalize)
     return World(
         envs, observation, tensors["episode_return"].numpy(), tensors["episode_length"].numpy(),
         tensors["recent"].numpy(), int(tensors["episodes"]), normalizer,
@@ -191,13 +201,19 @@ def unpack(
 
 
 def _noise(net: Net, n: int, length: int, generator: torch.Generator, interval: int) -> Any:
-    head = net.module.policy
+    head: Head = net.module.policy  # type: ignore[assignment]
     if not head.state_dependent:
         block = head.noise((length, n, *head.noise_shape), generator)
         return lambda t: block[t]
     interval = interval if interval > 0 else length
     matrices = [head.noise((n, *head.noise_shape), generator) for _ in range(0, length, interval)]
     return lambda t: matrices[t // interval]
+
+
+def _merge(observation: Observation) -> Observation:
+    if isinstance(observation, dict):
+        return {key: part.flatten(0, 1) for key, part in observation.items()}
+    return observation.flatten(0, 1)
 
 
 def _stack(parts: list[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Action distributions as plain data: parameters in, log-probabilities, entropies, samples and divergences out.
 
-Every distribution is a `NamedTuple` of tensors. Sampling is a deterministic function of the parameters and of noise that
-the caller drew (`noise`), so that a policy can be sampled inside a compiled graph and a run can be repeated exactly.
+Every distribution is a `NamedTuple` of tensors. Sampling is a deterministic function of the parameters and of noise
+that the caller drew, so that a policy can be sampled inside a compiled graph and a run can be repeated exactly.
 The last axis of the parameters is the action's; every axis before it is batch.
 """
 

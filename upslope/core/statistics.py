@@ -1,5 +1,6 @@
 """Running mean and variance that merge exactly: what a normaliser remembers."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,15 +9,15 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations of all samples seen so far, per feature, in float64."""
+    """Number, mean and sum of squared deviations of all samples seen so far, per feature, in float64."""
 
-    count: Float[Tensor, ""]
+    number: Float[Tensor, ""]
     mean: Float[Tensor, "*feature"]
     squares: Float[Tensor, "*feature"]
 
     def variance(self) -> Float[Tensor, "*feature"]:
         """Population variance; 1 before anything was seen, so that normalising is then the identity."""
-        return torch.where(self.count > 0, self.squares / self.count.clamp(min=1.0), 1.0)
+        return torch.where(self.number > 0, self.squares / self.number.clamp(min=1.0), 1.0)
 
     def normalize(
         self, values: Float[Tensor, "*batch_feature"], clip: float = 10.0, epsilon: float = 1e-8
@@ -61,7 +62,7 @@ def observe(
     if samples.shape[0] == 0:
         return seen
     mean = samples.mean(0)
-    return merge(seen, Moments(seen.count.new_tensor(samples.shape[0]), mean, (samples - mean).square().sum(0)))
+    return merge(seen, Moments(seen.number.new_tensor(samples.shape[0]), mean, (samples - mean).square().sum(0)))
 
 
 def merge(one: Moments, other: Moments) -> Moments:
@@ -71,7 +72,41 @@ def merge(one: Moments, other: Moments) -> Moments:
     >>> merge(a, b).variance().item()
     1.0
     """
-    count = one.count + other.count
-    share = other.count / count.clamp(min=1.0)
+    count = one.number + other.number
+    share = other.number / count.clamp(min=1.0)
     shift = other.mean - one.mean
-    return Moments(count, one.mean + shift * share, one.squares + other.squares + shift.square() * one.count * share)
+    return Moments(count, one.mean + shift * share, one.squares + other.squares + shift.square() * one.number * share)
+
+
+class RunningMean(NamedTuple):
+    """Plain means of named numbers over many updates: diagnostics of an epoch.
+
+    >>> RunningMean().add({"kl": 1.0}).add({"kl": 3.0}).means()
+    {'kl': 2.0}
+    """
+
+    updates: int = 0
+    totals: tuple[tuple[str, float], ...] = ()
+
+    def add(self, numbers: Mapping[str, float | Tensor]) -> "RunningMean":
+        before = dict(self.totals)
+        return RunningMean(self.updates + 1, tuple((k, before.get(k, 0.0) + float(v)) for k, v in numbers.items()))
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.updates for name, total in self.totals}
+
+
+def explained_variance(
+    values: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
+) -> float:
+    """1 - Var(target - value)/Var(target): 1 is a perfect critic, 0 one that knows the mean only, below 0 a worse one.
+
+    NaN where the targets do not vary.
+
+    >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    1.0
+    """
+    if mask is not None:
+        values, targets = values[mask], targets[mask]
+    spread = targets.var(correction=0)
+    return float(torch.where(spread > 0, 1 - (targets - values).var(correction=0) / spread, torch.nan))

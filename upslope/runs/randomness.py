@@ -1,7 +1,7 @@
 """Randomness without hidden state: every random number is a function of (run seed, stream, position).
 
-A generator is derived where it is needed and thrown away, so a checkpoint has none to save, a resumed run draws the same
-numbers, and every rank of a distributed run can draw the whole block and use its own slice of it.
+A generator is derived where it is needed and thrown away: a checkpoint has none to save, a resumed run draws the same
+numbers, and every rank of a distributed run has streams of its own.
 """
 
 import hashlib

@@ -1,0 +1,280 @@
+"""The command line: `upslope COMMAND …`. Nothing heavy is imported before a command is known."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+ALGORITHMS = {"ppo": ("upslope.control.ppo", "PPO")}  # name -> where its train() and its configuration are
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. What a user did wrong is said in a line, with status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        Console(width=120).print(_help(), highlight=False)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        console.print(
+            f"[red]error:[/] unknown command {escape(repr(name))}.{hint} Known: {', '.join(COMMANDS)}", highlight=False
+        )
+        return 2
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]", markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    try:
+        return COMMANDS[name](rest)
+    except (ValueError, OSError) as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        console.print(f"[red]error:[/] {escape(str(error) + notes)}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; the last checkpoint is kept")
+        return 130
+
+
+def methods(arguments: list[str]) -> int:
+    """the table of methods: Ψ, surrogate, constraint, data"""
+    from upslope import methods as table
+
+    _parser("methods", methods).parse_args(arguments)
+    Console().print(table.as_table())
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """train ALGO --env ID [flags]: train an agent"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        Console().print(f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}", highlight=False)
+        Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False)
+        return 0
+    algorithm = arguments[0]
+    module, kind = _algorithm(algorithm)
+    config = _parse_config(algorithm, kind, arguments[1:])
+    agent = module.train(config)
+    _say_where(config.run.run_dir, agent)
+    return 0
+
+
+def resume(arguments: list[str]) -> int:
+    """resume RUN: go on with a run that was killed, exactly where its last checkpoint left it"""
+    directory = _parser("resume", resume, run=True).parse_args(arguments).run
+    from upslope.runs.run import SUMMARY, Run
+
+    algorithm, module, config = _read_run(directory)
+    if (directory / SUMMARY).exists():
+        logging.getLogger(__name__).info("%s is complete", directory)
+        return 0
+    module.train(config, Run.resume(directory, algorithm, config, config.total_steps))
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """eval RUN [--episodes N] [--json]: play whole episodes with the trained policy"""
+    parser = _parser("eval", evaluate, run=True)
+    parser.add_argument("--episodes", type=int, default=100, help="how many (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the episodes (default 0)")
+    parser.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the policy's mode")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    agent = _load_agent(options.run)
+    result = agent.evaluate(options.episodes, options.seed, not options.stochastic).summary()
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        Console().print(
+            f"{result['episodes']} episodes: return {result['mean_return']:.2f} ± {result['std_return']:.2f}, "
+            f"length {result['mean_length']:.1f}"
+        )
+    return 0
+
+
+def watch(arguments: list[str]) -> int:
+    """watch RUN --out FILE.gif|FILE.mp4: film one episode"""
+    parser = _parser("watch", watch, run=True)
+    parser.add_argument("--out", type=Path, required=True, help="FILE.gif or FILE.mp4")
+    parser.add_argument("--seed", type=int, default=0, help="of the episode (default 0)")
+    parser.add_argument("--max-steps", type=int, default=2000, help="of the episode (default 2000)")
+    options = parser.parse_args(arguments)
+    from upslope.report.video import write_video
+
+    agent = _load_agent(options.run)
+    frames = (frame for frame, _ in agent.frames(options.seed, options.max_steps))
+    write_video(frames, options.out, agent.frames_per_second())
+    Console().print(f"film: {options.out}", highlight=False)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """compare RUN... --out FILE.png: learning curves with confidence intervals over seeds"""
+    parser = _parser("compare", compare)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.png, .svg or .pdf")
+    parser.add_argument("--metric", default="episode_return", help="which number (default episode_return)")
+    options = parser.parse_args(arguments)
+    from upslope.report import plots
+
+    Console().print(plots.compare(options.runs, options.out, options.metric))
+    Console().print(f"picture: {options.out}", highlight=False)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """report RUN [--out FILE.html]: one self-contained page about a run"""
+    parser = _parser("report", report, run=True)
+    parser.add_argument("--out", type=Path, default=None, help="FILE.html (default RUN/report.html)")
+    options = parser.parse_args(arguments)
+    from upslope.report.page import write_page
+
+    out = options.out or options.run / "report.html"
+    write_page(options.run, out)
+    Console().print(f"report: {out}", highlight=False)
+    return 0
+
+
+def fingerprint(arguments: list[str]) -> int:
+    """fingerprint RUN: one hash of all resumable state; equal hashes, equal runs"""
+    directory = _parser("fingerprint", fingerprint, run=True).parse_args(arguments).run
+    from upslope.runs import checkpoint
+    from upslope.runs.run import CHECKPOINTS, read_config
+
+    read_config(directory)
+    newest = checkpoint.newest(directory / CHECKPOINTS)
+    if newest is None:
+        raise ValueError(f"{directory} has no checkpoint yet")
+    sys.stdout.write(checkpoint.fingerprint(newest.tensors) + "\n")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "methods": methods,
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "watch": watch,
+    "compare": compare,
+    "report": report,
+    "fingerprint": fingerprint,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that suggests the nearest flag."""
+
+    def error(self, message: str) -> Any:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        near = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)]
+        raise ValueError(f"{self.prog}: {message}" + (f". Did you mean {near[0]}?" if near else ""))
+
+
+def _parser(name: str, command: Callable[..., int], run: bool = False) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"upslope {name}", description=command.__doc__, allow_abbrev=False)
+    if run:
+        parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    return parser
+
+
+def _algorithm(name: str) -> tuple[Any, type]:
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown algorithm {name!r}.{hint} Known: {', '.join(ALGORITHMS)}")
+    import importlib
+
+    path, kind = ALGORITHMS[name]
+    module = importlib.import_module(path)
+    return module, getattr(module, kind)
+
+
+def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
+    """Flags over the preset of the environment over the defaults."""
+    import tyro
+
+    from upslope.control import environments, presets
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env", "--environment.id", dest="env", default=None)
+    early.add_argument("--preset", action=argparse.BooleanOptionalAction, default=True)
+    known, rest = early.parse_known_args(arguments)
+    default = kind()
+    if known.env is not None:
+        environments.register(known.env)  # an unknown id is said before anything else
+        preset = getattr(presets, algorithm.replace("-", "_"))(known.env) if known.preset else None
+        if preset is not None:
+            default = preset
+            note = " (not trained to convergence here)" if known.env in presets.NOT_TRAINED_TO_CONVERGENCE else ""
+            logging.getLogger(__name__).info(
+                "settings: the preset for %s%s; --no-preset for the defaults", known.env, note
+            )
+        rest = ["--env", known.env, *rest]
+    config = tyro.cli(
+        kind, args=rest, default=default, prog=f"upslope train {algorithm}", config=(tyro.conf.AvoidSubcommands,),
+        description=sys.modules[kind.__module__].__doc__,
+    )  # fmt: skip
+    if config.run.run_dir is None:
+        import dataclasses
+
+        name = f"{algorithm}-{config.environment.id.replace('/', '-')}-{config.run.seed}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=Path("runs") / name))
+    return config
+
+
+def _read_run(directory: Path) -> tuple[str, Any, Any]:
+    from upslope.runs.run import from_json, read_config
+
+    described = read_config(directory)
+    algorithm = described["algorithm"]
+    module, kind = _algorithm(algorithm)
+    import dataclasses
+
+    config = from_json(kind, described["config"])
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=directory))
+    return algorithm, module, config
+
+
+def _load_agent(directory: Path) -> Any:
+    from upslope.control.agent import load
+
+    return load(_read_run(directory)[2], directory)
+
+
+def _say_where(directory: Path, agent: Any) -> None:
+    console = Console()
+    console.print(
+        f"run: {directory}   next: upslope report {directory} · upslope watch {directory} --out episode.gif",
+        highlight=False,
+    )
+
+
+def _help() -> str:
+    lines = [
+        "[bold]upslope[/]: policy gradients from a gridworld to a language model",
+        "",
+        escape("usage: upslope COMMAND [flags]"),
+        "",
+    ]
+    lines += [f"  {name:<12} {escape(command.__doc__ or '')}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "upslope COMMAND --help says more."])
+
+
+def run() -> None:
+    """The console script."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,134 @@
+"""A trained agent: θ, its network and its observation statistics, usable on its own."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upslope.control import environments, networks, normalization
+from upslope.control.environments import Single
+from upslope.control.networks import to_tensors
+from upslope.control.normalization import Normalizer
+from upslope.control.parameters import Net
+from upslope.runs import checkpoint
+from upslope.runs.randomness import derive, generator
+from upslope.runs.run import CHECKPOINTS
+
+
+class Evaluation(NamedTuple):
+    """Undiscounted returns and lengths of whole episodes."""
+
+    returns: Float[np.ndarray, " episodes"]
+    lengths: Float[np.ndarray, " episodes"]
+
+    def summary(self) -> dict[str, float | int]:
+        """`mean_return`, `std_return` (population), `mean_length`, `episodes`."""
+        return {
+            "mean_return": float(self.returns.mean()),
+            "std_return": float(self.returns.std()),
+            "mean_length": float(self.lengths.mean()),
+            "episodes": len(self.returns),
+        }
+
+
+class Agent(NamedTuple):
+    """What `train` returns."""
+
+    net: Net
+    theta: Float[Tensor, " d"]
+    environment: environments.Config
+    normalize: normalization.Config
+    normalizer: Normalizer
+
+    @torch.no_grad()
+    def act(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
+        """Actions for a batch of raw observations: the policy's mode, or a sample when noise is given."""
+        seen = normalization.observation(self.normalizer, to_tensors(observation), self.normalize)
+        policy = self.net(self.theta, seen)[0]
+        return (policy.mode() if noise is None else policy.sample(noise)).numpy()
+
+    def evaluate(self, episodes: int = 100, seed: int = 0, deterministic: bool = True) -> Evaluation:
+        """Play whole episodes with seeds of their own, the policy and its statistics frozen; rewards are the raw ones.
+
+        Every environment plays its share to the end, so short episodes are not over-represented.
+
+        Args:
+            episodes: how many.
+            seed: of the episodes; the training run's seeds are another stream.
+            deterministic: act by the mode of π; else sample.
+        """
+        if episodes < 1:
+            raise ValueError(f"episodes is {episodes}, allowed: 1 or more")
+        count = min(episodes, 16)
+        config = replace(self.environment, num_envs=count, vectorization="sync", autoreset="disabled")
+        envs, observation = environments.make(config, derive(seed, "evaluate"))
+        share = np.array([episodes // count + (i < episodes % count) for i in range(count)])
+        played, total, length = np.zeros(count, int), np.zeros(count), np.zeros(count, int)
+        returns, lengths = [], []
+        head: networks.Head = self.net.module.policy  # type: ignore[assignment]
+        random = generator(seed, "evaluate", "noise")
+        while (played < share).any():
+            noise = None if deterministic else head.noise((count, *head.noise_shape), random)
+            step = envs.step(self.act(observation, noise))
+            total, length = total + step.reward, length + 1
+            for i in np.flatnonzero(step.ended):
+                if played[i] < share[i]:
+                    returns.append(total[i])
+                    lengths.append(length[i])
+                played[i] += 1
+                total[i] = length[i] = 0
+            observation = step.observation
+        envs.close()
+        return Evaluation(np.array(returns), np.array(lengths))
+
+    def frames(self, seed: int = 0, max_steps: int = 10_000) -> Iterator[tuple[np.ndarray, float]]:
+        """One deterministic episode as pictures [height, width, 3] with the return so far."""
+        env = Single(self.environment, render_mode="rgb_array")()
+        observation, _ = env.reset(seed=derive(seed, "watch") % 2**31)
+        total, over = 0.0, False
+        yield np.asarray(env.render()), total
+        for _ in range(max_steps):
+            if over:
+                break
+            action = environments.to_space(env.action_space, self.act(_batch_of_one(observation)))[0]
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total, over = total + float(reward), terminated or truncated
+            yield np.asarray(env.render()), total
+        env.close()
+
+    def frames_per_second(self) -> float:
+        """What the environment declares, or 30."""
+        env = Single(self.environment)()
+        rate = env.metadata.get("render_fps", 30)
+        env.close()
+        return float(rate)
+
+
+def _batch_of_one(observation: Any) -> Any:
+    if isinstance(observation, dict):
+        return {key: np.asarray(value)[None] for key, value in observation.items()}
+    return np.asarray(observation)[None]
+
+
+def load(config: Any, directory: Path) -> Agent:
+    """The agent of a run's newest valid checkpoint.
+
+    Raises:
+        ValueError: the run has no checkpoint yet, or its parameters do not fit its configuration.
+    """
+    saved = checkpoint.newest(directory / CHECKPOINTS)
+    if saved is None:
+        raise ValueError(f"{directory} has no checkpoint yet")
+    env = Single(config.environment)()
+    module = networks.actor_critic(env.observation_space, env.action_space, config.network, seed=0)
+    net = Net(module)
+    if saved.state["layout"] != net.layout.table():
+        raise ValueError(f"{directory}: the checkpoint's parameters do not fit the network of its configuration")
+    normalizer = normalization.unpack(saved.tensors, env.observation_space, config.normalize)
+    env.close()
+    return Agent(net, net.bind(saved.tensors["theta"]), config.environment, config.normalize, normalizer)

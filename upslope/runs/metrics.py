@@ -1,0 +1,65 @@
+"""Metrics of a run: one JSON object a line, and the same numbers as TensorBoard events."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends to `metrics.jsonl` and a TensorBoard event file; a resume cuts both back to its checkpoint."""
+
+    def __init__(self, directory: Path, offsets: dict[str, int] | None = None) -> None:
+        self.directory = directory
+        if offsets is not None:
+            cut(directory, offsets)
+        self._file = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # 0.3 s: only runs that write pay it
+
+        self._events = EventFileWriter(str(directory), flush_secs=30)
+
+    def record(self, step: int, seconds: float, numbers: dict[str, float | None]) -> None:
+        """One line and one event. A number that is not finite is written as null: JSON has no NaN."""
+        row: dict[str, Any] = {"step": step, "seconds": round(seconds, 3)}
+        row |= {k: v if v is None or isinstance(v, int) or math.isfinite(v) else None for k, v in numbers.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items() if v is not None]
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes of every append-only file so far, all of them on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
+        return {path.name: path.stat().st_size for path in _append_only(self.directory)}
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def cut(directory: Path, offsets: dict[str, int]) -> None:
+    """Cut every append-only file to its length at the checkpoint; remove those begun after it."""
+    for path in _append_only(directory):
+        if path.name not in offsets:
+            path.unlink()
+        elif path.stat().st_size > offsets[path.name]:
+            os.truncate(path, offsets[path.name])
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """All complete lines of a run's metrics."""
+    lines = (directory / METRICS).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is a line still being written
+
+
+def _append_only(directory: Path) -> list[Path]:
+    return sorted([*directory.glob("*.jsonl"), *directory.glob("events.out.tfevents.*")])
