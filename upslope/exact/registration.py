@@ -9,7 +9,7 @@ everywhere, and the N-chain's features are a thermometer. `observation="index"` 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -46,7 +46,7 @@ class TabularEnv(gymnasium.Env[Any, np.int64]):
     ([1.0], -1.0)
     """
 
-    metadata = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, mdp: MDP, features: Float[np.ndarray, "S d"] | None = None) -> None:
         self.mdp, self.state, self.time = mdp, 0, 0
