@@ -184,20 +184,20 @@ def bias_study(mdp: MDP, seed: int = 0) -> Study:
     elapsed = returns.elapsed_discount(case.discounts, case.continues)
     wrong = _critic_error(case, seed, size=0.5)
     rows = [
-        measure(case, "γ^t · return to go", elapsed * to_go),
-        measure(case, "return to go, γ^t dropped", to_go),
+        measure(case, "γᵗ · return to go", elapsed * to_go),
+        measure(case, "return to go, γᵗ dropped", to_go),
         measure(
             case,
             "return to go with 0.7 γ",
             returns.elapsed_discount(short.discounts, short.continues)
             * returns.return_to_go(rewards, zero, short.discounts, short.continues),
         ),
-        measure(case, "γ^t · TD residual, true V", elapsed * _gae(case, 0.0, case.values, case.next_values)),
-        measure(case, "γ^t · TD residual, wrong V", elapsed * _gae(case, 0.0, *wrong)),
-        measure(case, "γ^t · GAE λ = 0.9, wrong V", elapsed * _gae(case, 0.9, *wrong)),
-        measure(case, "γ^t · GAE λ = 1, wrong V", elapsed * _gae(case, 1.0, *wrong)),
-        measure(case, "γ^t · (return to go − wrong V)", elapsed * (to_go - wrong[0])),
-        measure(case, "γ^t · wrong Q", elapsed * (case.q + wrong[0] - case.values + _action_error(case, seed))),
+        measure(case, "γᵗ · TD residual, true V", elapsed * _gae(case, 0.0, case.values, case.next_values)),
+        measure(case, "γᵗ · TD residual, wrong V", elapsed * _gae(case, 0.0, *wrong)),
+        measure(case, "γᵗ · GAE λ = 0.9, wrong V", elapsed * _gae(case, 0.9, *wrong)),
+        measure(case, "γᵗ · GAE λ = 1, wrong V", elapsed * _gae(case, 1.0, *wrong)),
+        measure(case, "γᵗ · (return to go − wrong V)", elapsed * (to_go - wrong[0])),
+        measure(case, "γᵗ · wrong Q", elapsed * (case.q + wrong[0] - case.values + _action_error(case, seed))),
     ]
     lesson = "A wrong baseline costs nothing; bootstrapping from a wrong critic, or another γ, does."
     table = Table("bias of common shortcuts against the exact ∇J", rows)
@@ -234,7 +234,14 @@ def gae_study(
         rows.append(row | {"at λ = 0": float(error[i, 0]) ** 0.5, "at λ = 1": float(error[i, -1]) ** 0.5})
     lesson = "A small λ trusts the critic (bias), a large one the sampled rewards (variance); the best is between."
     title = f"root mean squared error / |∇J|, {batch} trajectories, critic error {critic_error:g} std of V"
-    curves = {"gammas": grid, "lambdas": lambdas, "bias": bias, "variance": variance, "error": error}
+    curves = {
+        "gammas": grid,
+        "lambdas": lambdas,
+        "bias": bias,
+        "variance": variance,
+        "error": error,
+        "batch": np.array(batch),
+    }
     return Study("gae", lesson, (Table(title, rows),), curves)
 
 
@@ -291,7 +298,7 @@ def baseline_study(mdp: MDP, seed: int = 0, batch: int = 8, batches: int = 40_00
         "baselines",
         "Baselines that know the batch's own actions shrink the gradient by 1 − 1/N; leave-one-out does not.",
         (exact, _fitted(case, whole[:, 0], scores, seed, batch, batches)),
-        {},
+        {"batch": np.array(batch)},
     )
 
 

@@ -1,4 +1,4 @@
-"""The laboratory's second room: estimators of KL, and the clipped surrogate (S4 2.1 and figure 2.1; 2.4.3 and figure 2.2)."""
+"""The laboratory's second room: estimators of KL (S4 2.1, figure 2.1) and the clipped surrogate (2.4.3, figure 2.2)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def kl_study(seed: int = 0, shifts: Sequence[float] = (0.1, 1.0), samples: int =
             mean = float(weight @ value)
             std = float(weight @ (value - mean) ** 2) ** 0.5
             half = 1.96 * float(sampled.std()) / samples**0.5 / truth
-            cells = {"p": f"N({shift:g}, 1)", "estimator": name, "KL": truth, "bias / KL": mean / truth - 1.0}
-            checked = {"std / KL": std / truth, "sampled bias / KL": float(sampled.mean()) / truth - 1.0, "± 95%": half}
-            rows.append({**cells, **checked})
+            row: Row = {"p": f"N({shift:g}, 1)", "estimator": name, "KL": truth, "bias / KL": mean / truth - 1.0}
+            row |= {"std / KL": std / truth, "sampled bias / KL": float(sampled.mean()) / truth - 1.0, "± 95%": half}
+            rows.append(row)
     ratio = np.exp(np.linspace(-2.5, 1.5, 201))
     logs = torch.from_numpy(np.log(ratio))
     curves = {"ratio": ratio} | {name: f(-logs, 0.0 * logs).numpy() for name, f in KL_ESTIMATORS.items()}
@@ -94,7 +94,7 @@ def clip_study(mdp: MDP, seed: int = 0, clip: float = 0.2, reach: float = 4.0) -
         curves[f"clipped {slope:+g}"] = surrogates.clipped_ratio(logs, 0.0 * logs, psi, clip, clip).numpy()
     path = _path(mdp, seed, clip, np.linspace(0.0, reach, 41))
     along: list[Row] = [{name: float(values[i]) for name, values in path.items()} for i in range(0, 41, 5)]
-    lesson = "The ratio surrogate promises without end; the clipped one stops paying once the policy has moved enough."
+    lesson = "The ratio surrogate promises more than J gives; the clipped one stops paying once the policy has moved."
     slopes = Table(
         f"∂L/∂log π by ratio, ε = {clip:g}", [_slopes(value, clip) for value in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 4.0)]
     )
