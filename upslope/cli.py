@@ -47,10 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def methods(arguments: list[str]) -> int:
     """the table of methods: Ψ, surrogate, constraint, data"""
-    from upslope import methods as table
+    from rich.table import Table
 
-    _parser("methods", methods).parse_args(arguments)
-    Console().print(table.as_table())
+    from upslope.methods import METHODS
+
+    parser = _parser("methods", methods)
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    if parser.parse_args(arguments).json:
+        sys.stdout.write(json.dumps([row._asdict() for row in METHODS], ensure_ascii=False) + "\n")
+        return 0
+    columns = ("name", "psi", "surrogate", "constraint", "data", "gradient", "equation")
+    table = Table(*columns, title="∇J = E[ Σ Ψ ∇log π ]: a method is a choice of", row_styles=("", "dim"))
+    for row in METHODS:
+        table.add_row(*(escape(getattr(row, column)) for column in columns))
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
     return 0
 
 

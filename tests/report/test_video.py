@@ -113,7 +113,7 @@ def test_mp4_without_the_extra_names_it(tmp_path: Path, monkeypatch: pytest.Monk
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"upslope\[video\]"):
+    with pytest.raises(ValueError, match=r"upslope\[video\]"):
         write_video(moving_square(2), tmp_path / "film.mp4")
     write_video(moving_square(2), tmp_path / "film.gif")
     assert [entry.name for entry in tmp_path.iterdir()] == ["film.gif"]

@@ -16,12 +16,12 @@ from upslope.core.distributions import Distribution
 
 Observation = Tensor | dict[str, Tensor]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": nn.functional.elu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
 }
 
 
@@ -77,7 +77,7 @@ class Flat(nn.Module):
         self.size = math.prod(space.shape)
 
     def forward(self, observation: Tensor) -> Float[Tensor, "batch features"]:
-        return observation.flatten(1)
+        return observation if observation.ndim == 2 else observation.flatten(1)
 
 
 class OneHot(nn.Module):
@@ -137,14 +137,18 @@ def encoder(space: spaces.Space, features: int) -> nn.Module:
     )
 
 
-def mlp(size: int, hidden: tuple[int, ...], activation: str, orthogonal: bool) -> nn.Sequential:
+class MLP(nn.Module):
     """Linear layers, each followed by the activation."""
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(size, width), ACTIVATIONS[activation]()]
-        size = width
-    torso = nn.Sequential(*layers)
-    return initialize(torso, math.sqrt(2)) if orthogonal else torso  # type: ignore[return-value]
+
+    def __init__(self, size: int, hidden: tuple[int, ...], activation: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip((size, *hidden), hidden, strict=False))
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Float[Tensor, "batch size"]) -> Float[Tensor, "batch width"]:
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        return x
 
 
 def initialize(module: nn.Module, gain: float) -> nn.Module:
@@ -226,11 +230,13 @@ class ActorCritic(nn.Module):
         return self.policy(actor), self.value(critic).squeeze(-1)
 
 
-def _torso(space: spaces.Space, config: Config) -> tuple[nn.Module, nn.Sequential]:
+def _torso(space: spaces.Space, config: Config) -> tuple[nn.Module, MLP]:
     encode = encoder(space, config.cnn_features)
+    torso = MLP(encode.size, config.hidden, config.activation)  # type: ignore[arg-type]
     if config.orthogonal:
         initialize(encode, math.sqrt(2))
-    return encode, mlp(encode.size, config.hidden, config.activation, config.orthogonal)  # type: ignore[arg-type]
+        initialize(torso, math.sqrt(2))
+    return encode, torso
 
 
 def actor_critic(observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int) -> ActorCritic:

@@ -35,7 +35,6 @@ class Adam:
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta), torch.zeros_like(theta)))
 
-    @torch.no_grad()
     def ascend(
         self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
     ) -> tuple[Float[Tensor, " d"], State]:
@@ -64,7 +63,6 @@ class RMSProp:
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta),))
 
-    @torch.no_grad()
     def ascend(
         self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
     ) -> tuple[Float[Tensor, " d"], State]:
@@ -86,7 +84,6 @@ class SGD:
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta),))
 
-    @torch.no_grad()
     def ascend(
         self, theta: Float[Tensor, " d"], state: State, gradient: Float[Tensor, " d"], learning_rate: float
     ) -> tuple[Float[Tensor, " d"], State]:
@@ -99,7 +96,6 @@ class SGD:
 Optimizer = Adam | RMSProp | SGD
 
 
-@torch.no_grad()
 def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> float:
     """Scale the gradient in place to a norm of at most `max_norm`; returns the norm before, NaN if any entry is.
 

@@ -5,12 +5,13 @@ handful of vector operations, a natural gradient vector algebra, a checkpoint on
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Extra = TypeVar("Extra")
 ALIGNMENT = 16  # elements: float32 segments start on 64-byte boundaries, where vector loads are fastest
 
 
@@ -90,19 +91,18 @@ class Net:
         return torch.func.functional_call(self.module, self.views(theta), inputs)
 
     def gradient(
-        self, objective: Callable[..., tuple[Tensor, dict[str, Tensor]]], theta: Float[Tensor, " d"], *inputs: Any
-    ) -> tuple[Float[Tensor, " d"], Tensor, dict[str, Tensor]]:
-        """∇_θ objective(θ, *inputs) for a bound θ, with the objective's value and diagnostics.
+        self, objective: Callable[..., tuple[Tensor, Extra]], theta: Float[Tensor, " d"], *inputs: Any
+    ) -> tuple[Float[Tensor, " d"], Tensor, Extra]:
+        """∇_θ objective(θ, *inputs) for a bound θ, with the objective's value and whatever it returns beside it.
 
         The gradient lies in a buffer that the next call overwrites.
         """
         if theta is not self._bound or self._gradient is None:
             raise ValueError("theta: gradients are taken at the tensor given to bind()")
         self._gradient.zero_()
-        with torch.enable_grad():
-            value, numbers = objective(theta, *inputs)
-            value.backward()
-        return self._gradient, value.detach(), numbers
+        value, extra = objective(theta, *inputs)
+        value.backward()
+        return self._gradient, value.detach(), extra
 
 
 def _lay_out(module: nn.Module) -> tuple[Layout, list[int]]:

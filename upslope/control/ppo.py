@@ -80,10 +80,17 @@ class State(NamedTuple):
     step: int  # environment steps so far
 
 
-def objective(
-    theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scalar to maximise on a minibatch of B transitions, with diagnostics. Reset rows count nowhere."""
+class Terms(NamedTuple):
+    """The objective's parts per transition, before any reduction."""
+
+    surrogate: Float[Tensor, " B"]
+    value_error: Float[Tensor, " B"]
+    entropy: Float[Tensor, " B"]
+    logp: Float[Tensor, " B"]
+
+
+def terms(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0) -> Terms:
+    """What π_θ and V_θ make of B transitions."""
     policy, value = net(theta, batch.observation)
     logp, entropy = policy.log_prob_entropy(batch.action)
     psi = advantages.whiten(batch.psi, batch.valid) if config.whiten_advantages else batch.psi
@@ -93,14 +100,26 @@ def objective(
         value_error = values.squared_error(value, batch.value_target)
     else:
         value_error = values.clipped_squared_error(value, batch.value_old, batch.value_target, config.clip_value)
-    mean = lambda x: reductions.token_mean(x, batch.valid)  # noqa: E731
-    gain, error, spread = mean(surrogate), mean(value_error), mean(entropy)
-    with torch.no_grad():
-        kl = mean(divergences.k3(batch.logp_old, logp.detach()))  # KL[π_old || π_θ]
-        clipped = surrogates.clip_fraction(logp, batch.logp_old, low, high, batch.valid)
-    numbers = {"surrogate": gain.detach(), "value_error": error.detach(), "entropy": spread.detach()}
-    total = gain - config.value_coef * error + config.entropy_coef * spread
-    return total, {**numbers, "kl": kl, "clip_fraction": clipped}
+    return Terms(surrogate, value_error, entropy, logp)
+
+
+def objective(
+    theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0
+) -> tuple[Tensor, Terms]:
+    """Scalar to maximise on a minibatch: surrogate - c1 error + c2 entropy, without reset rows; and its parts."""
+    part = terms(theta, net, batch, config, clip_scale)
+    each = part.surrogate - config.value_coef * part.value_error + config.entropy_coef * part.entropy
+    return reductions.token_mean(each, batch.valid), part
+
+
+@torch.no_grad()
+def diagnose(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO) -> dict[str, float]:
+    """What the update did, over the whole rollout: its terms, KL[π_old || π_θ] by k3, the share of clipped ratios."""
+    part = terms(theta, net, batch, config)
+    numbers = {**part._asdict(), "kl": divergences.k3(batch.logp_old, part.logp)}
+    means = {name: float(reductions.token_mean(number, batch.valid)) for name, number in numbers.items()}
+    clipped = surrogates.clip_fraction(part.logp, batch.logp_old, config.clip_low, config.clip_high, batch.valid)
+    return {**means, "clip_fraction": float(clipped)}
 
 
 def update(
@@ -110,19 +129,22 @@ def update(
     progress = state.step / config.total_steps
     learning_rate = optimizers.linear(config.optimizer.learning_rate, progress, config.anneal_learning_rate)
     clip_scale = optimizers.linear(1.0, progress, config.anneal_clip)
-    theta, memory, seen = state.theta, state.optimizer, statistics.RunningMean()
+    theta, memory, norms = state.theta, state.optimizer, []
     shuffle = generator(config.run.seed, "shuffle", state.iteration, distributed.rank())
     for minibatch in rollout.minibatches(batch, config.num_epochs, config.minibatch_size, shuffle):
-        gradient, _, numbers = net.gradient(objective, theta, net, minibatch, config, clip_scale)
+        gradient, _, part = net.gradient(objective, theta, net, minibatch, config, clip_scale)
         distributed.average_(gradient)
         norm = optimizers.clip_norm(gradient, config.max_grad_norm)
         if not math.isfinite(norm):
-            raise ValueError(f"the gradient is not finite at step {state.step}: {numbers}; θ was not changed")
+            raise ValueError(f"the gradient is not finite at step {state.step}, its norm is {norm}; θ was not changed")
         theta, memory = config.optimizer.ascend(theta, memory, gradient, learning_rate)
-        seen = seen.add({**numbers, "grad_norm": norm})
-        if config.target_kl is not None and numbers["kl"] > 1.5 * config.target_kl:
-            break
-    return theta, memory, {**seen.means(), "learning_rate": learning_rate}
+        norms.append(norm)
+        if config.target_kl is not None:
+            kl = reductions.token_mean(divergences.k3(minibatch.logp_old, part.logp.detach()), minibatch.valid)
+            if kl > 1.5 * config.target_kl:
+                break
+    numbers = {"grad_norm": sum(norms) / len(norms), "gradient_steps": len(norms), "learning_rate": learning_rate}
+    return theta, memory, diagnose(theta, net, batch, config) | numbers
 
 
 def train(config: PPO, session: Run | None = None) -> Agent:

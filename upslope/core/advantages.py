@@ -282,10 +282,7 @@ def whiten(
     check.floats(axes=0, values=values)
     check.within(0, math.inf, eps=eps)
     if mask is None:
-        count, kept = values.numel(), values
-        mean = kept.mean()
-        spread = kept.std()
-        equal = kept.amax() == kept.amin()
+        count = values.numel()
     else:
         check.boolean(values.shape, mask=mask)
         count = int(mask.sum()) if check.readable(mask) else 2
@@ -294,7 +291,8 @@ def whiten(
         raise ValueError(f"whiten needs at least 2 elements, got {count}")
     if mask is not None:
         return _standardise(kept, mask, 1, eps, shift_mean)
-    scaled = ((kept - mean) / (spread + eps)).masked_fill(equal, 0.0)
+    spread, mean = torch.std_mean(values)  # Welford's: of equal elements the mean is exact and the spread 0
+    scaled = (values - mean) / (spread + eps)
     check.finite(scaled, values=values)
     return scaled if shift_mean else scaled + mean
 

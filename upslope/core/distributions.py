@@ -45,9 +45,11 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtyp
 class Categorical(NamedTuple):
     """π(a) = softmax(logits)_a over n actions (S4 eq 2.1's discrete policy).
 
+    Logits are finite: an action is ruled out by a logit so low that its probability is exactly 0, not by -inf.
+
     >>> policy = Categorical(torch.tensor([0.0, math.log(3.0)]))
-    >>> policy.log_prob(torch.tensor(1)).exp().item()
-    0.75
+    >>> policy.log_prob(torch.tensor(1)).exp()
+    tensor(0.7500)
     >>> round(policy.entropy().item(), 4)
     0.5623
     """
@@ -79,8 +81,7 @@ class Categorical(NamedTuple):
     def kl(self, other: "Categorical") -> Float[Tensor, "*batch"]:
         """KL[self || other] = Σ p (log p - log q), exact, in nats."""
         log_p, log_q = self.log_probs(), other.log_probs()
-        p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class MultiCategorical(NamedTuple):
@@ -229,4 +230,4 @@ Distribution = Categorical | MultiCategorical | Bernoulli | DiagonalGaussian | S
 
 
 def _entropy(log_probs: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)

@@ -30,7 +30,8 @@ def token_mean(
         total = _count(x, mask)
     else:
         check.positive(total=total)
-    reduced = _kept(x, mask).sum() / total
+    # one operation where one will do: this ends every gradient step
+    reduced = x.mean() if mask is None and total == x.numel() else _kept(x, mask).sum() / total
     check.finite(reduced, x=x)
     return reduced
 

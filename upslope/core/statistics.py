@@ -1,6 +1,5 @@
 """Running mean and variance that merge exactly: what a normaliser remembers."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -76,24 +75,6 @@ def merge(one: Moments, other: Moments) -> Moments:
     share = other.number / count.clamp(min=1.0)
     shift = other.mean - one.mean
     return Moments(count, one.mean + shift * share, one.squares + other.squares + shift.square() * one.number * share)
-
-
-class RunningMean(NamedTuple):
-    """Plain means of named numbers over many updates: diagnostics of an epoch.
-
-    >>> RunningMean().add({"kl": 1.0}).add({"kl": 3.0}).means()
-    {'kl': 2.0}
-    """
-
-    updates: int = 0
-    totals: tuple[tuple[str, float], ...] = ()
-
-    def add(self, numbers: Mapping[str, float | Tensor]) -> "RunningMean":
-        before = dict(self.totals)
-        return RunningMean(self.updates + 1, tuple((k, before.get(k, 0.0) + float(v)) for k, v in numbers.items()))
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.updates for name, total in self.totals}
 
 
 def explained_variance(

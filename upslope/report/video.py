@@ -35,8 +35,8 @@ def write_video(
 
     A GIF has one palette for all frames, so colours do not flicker. Equal neighbours are stored once, for longer.
 
-    Raises ValueError for no frames, another dtype or shape, an unknown suffix, or fewer captions than frames;
-    ImportError naming the extra when an MP4 is asked for and imageio-ffmpeg is absent.
+    Raises ValueError for no frames, another dtype or shape, an unknown suffix, fewer captions than frames, or an MP4
+    without the extra that it needs.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -143,7 +143,7 @@ def write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float) -> None:
     try:
         import imageio_ffmpeg
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             'an MP4 needs imageio-ffmpeg: pip install "upslope[video]"; a path that ends in .gif needs nothing more'
         ) from None
     writer = None
