@@ -149,7 +149,7 @@ def run_solve(config: Solve) -> int:
         sys.stdout.write(json.dumps(known) + "\n")
     else:
         horizon = f" · {mdp.horizon} steps to go" if mdp.horizon else ""
-        described = " · ".join(f"{name} {_cell(value)}" for name, value in facts.items() if name != "seconds")
+        described = " · ".join(f"{k.replace('_', ' ')} {_fact(v)}" for k, v in facts.items() if k != "seconds")
         subtitle = f"γ = {mdp.gamma:g}{horizon} · V(start) = {start:.6g} · {described}"
         tolerance = 1e-9 + 4.0 * float(facts.get("error_bound", 0.0))
         weights = pictures.action_weights(mdp, policy, q_values, tolerance)
@@ -302,6 +302,10 @@ def _table(table: laboratory.Table) -> Table:
     for row in table.rows:
         shown.add_row(*(_cell(value) for value in row.values()))
     return shown
+
+
+def _fact(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> str:
