@@ -122,7 +122,8 @@ def policy_iteration(
     Args:
         tol: bound on ‖V − V*‖∞. With exact evaluation the error is rounding alone, whatever tol.
         evaluation: "exact" solves (I − γP_π) V = r_π (dense, or sparse LU: cheap when P is sparse and structured,
-            memory- hungry for large random ones); "iterative" sweeps until the evaluation is accurate to tol/4.
+            memory- hungry for large random ones); "iterative" sweeps until the evaluation is accurate to tol/4, and
+            further if the proven bound asks for it.
 
     Raises:
         ValueError: as `modified_policy_iteration`.
@@ -137,22 +138,26 @@ def policy_iteration(
         raise ValueError(f'evaluation: "exact" or "iterative", got {evaluation!r}')
     problem, merged = _prepare(mdp, tol)
     rows = merged.proper if isinstance(merged, TotalReward) else greedy_rows(problem, problem.reward)
-    values = np.zeros(len(problem.start) - 1)
+    values, accuracy = np.zeros(len(problem.start) - 1), tol / 4.0
     residuals: list[float] = []
     while len(values):
-        values = solve_rows(problem, rows) if evaluation == "exact" else _sweep_policy(problem, rows, values, tol / 4.0)
+        exact = evaluation == "exact"
+        values = solve_rows(problem, rows) if exact else _sweep_policy(problem, rows, values, accuracy)
         q = backup(problem, values)
         top = best(problem, q)
         residuals.append(float(np.abs(top - values).max()))
-        slack = rounding(problem, values) + (
-            0.0 if evaluation == "exact" else tol * (1.0 - min(mdp.gamma, 1.0 - 1e-3)) / 2.0
-        )
-        better = top > q[rows] + 4.0 * slack  # rounding must not make two equally good actions alternate for ever
+        # what rounding and an inexact evaluation may pretend must not make equally good actions alternate for ever
+        slack = 4.0 * rounding(problem, values) + (0.0 if exact else 2.0 * accuracy)
+        better = top > q[rows] + slack
         if watch is not None:
             watch(len(residuals), residuals[-1])
-        if not better.any():
+        if better.any():
+            rows = np.where(better, greedy_rows(problem, q), rows)
+            continue
+        bound = 0.0 if exact else error_bound(problem, values, q, tol)
+        if bound <= tol or accuracy <= rounding(problem, values):
             break
-        rows = np.where(better, greedy_rows(problem, q), rows)
+        accuracy *= 0.1 if np.isinf(bound) else 0.5 * tol / bound
     return _finish(mdp, problem, merged, values, rows, residuals, tol)
 
 
@@ -179,7 +184,7 @@ def _value_sweeps(
 ) -> tuple[np.ndarray, list[float]]:
     """Bellman sweeps for γ < 1; returns V and ‖V_{k+1} − V_k‖∞ of every sweep."""
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals, span = best(pairs, pairs.reward), list[float](), np.inf
+    values, residuals, span = best(pairs, pairs.reward).copy(), list[float](), np.inf
     while True:
         q = backup(pairs, values)
         new = best(pairs, q)
@@ -200,7 +205,7 @@ def _modified_sweeps(
     pairs: Pairs, tol: float, stop: Stop, sweeps: int, watch: Watch | None
 ) -> tuple[np.ndarray, list[float]]:
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals = best(pairs, pairs.reward), list[float]()
+    values, residuals = best(pairs, pairs.reward).copy(), list[float]()
     while True:
         q = backup(pairs, values)
         rows = greedy_rows(pairs, q)

@@ -164,6 +164,11 @@ def _check(mdp: MDP, alpha: float, horizon: int | None = None, tol: float = 1.0)
         raise ValueError(f"tol: a positive bound on the error, got {tol}")
     if horizon is not None and (horizon != int(horizon) or horizon < 1):
         raise ValueError(f"horizon: a positive number of actions, got {horizon}")
+    if horizon is None and mdp.horizon is not None:
+        raise ValueError(
+            f"horizon: with horizon={mdp.horizon} the best soft policy depends on the time left; use "
+            "soft_value_iteration, or mdp.replace(horizon=None)"
+        )
     if horizon is None and mdp.gamma == 1.0:
         raise ValueError(
             "gamma: 1 needs a horizon here: the entropy bonus is earned at every step and need not be finite"
