@@ -93,11 +93,27 @@ def setting(mdp: MDP, seed: int = 0, spread: float = 0.5, gamma: float | None = 
     """
     if mdp.horizon is None:
         raise ValueError("horizon: the laboratory lists all trajectories, so the problem needs one (--horizon)")
+    _refuse_too_many(mdp, mdp.horizon)
     policy = softmax_table(mdp.num_states, mdp.num_actions)
     generator = torch.Generator().manual_seed(seed)
     theta = spread * torch.randn(mdp.num_states * mdp.num_actions, generator=generator, dtype=torch.float64)
     data = enumerate_trajectories(mdp)
     return _setting(mdp, policy, theta, data, mdp.gamma if gamma is None else gamma)
+
+
+def _refuse_too_many(mdp: MDP, horizon: int, most: int = 1_000_000, cells: int = 200_000_000) -> None:
+    """Counts the trajectories before listing them, and the table that listing them needs."""
+    ways = (mdp.dense_transition > 0.0).sum(axis=1).astype(float)
+    ways[mdp.terminal] = np.eye(mdp.num_states)[mdp.terminal]
+    count = (np.asarray(mdp.initial) > 0.0).astype(float)
+    for _ in range(horizon):
+        table = count.sum() * mdp.num_actions * mdp.num_states
+        count = count @ ways
+        if count.sum() > most or table > cells:
+            raise ValueError(
+                f"horizon: {horizon} steps have too many trajectories to list (more than {most:,}, or a table of more "
+                f"than {cells:,} numbers); take a shorter horizon or a smaller problem"
+            )
 
 
 def _setting(mdp: MDP, policy: Policy, theta: Tensor, data: Trajectories, gamma: float) -> Setting:
