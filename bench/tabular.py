@@ -156,14 +156,14 @@ def compare(title, solve, method, peer, repeats) -> None:  # type: ignore[no-unt
             theirs = peer.solve(method)
             other.append(theirs[0])
     print(f"\n{title}: {repeats} repeats")
-    print(f"  Upslope    {spread(mine)} s, {found.iterations} iterations, proven error ≤ {found.error_bound:.2e}")
+    proven = f"{found.iterations} iterations, proven error ≤ {found.error_bound:.1e}"
+    print(f"  Upslope    {spread(mine)} s, {proven}")
     if theirs is not None:
         ratios = np.array(other) / np.array(mine)
         difference = np.abs(theirs[2] - found.values).max()
         print(f"  QuantEcon  {spread(other)} s, {theirs[1]} iterations, |difference| {difference:.1e}")
-        print(
-            f"  ratio of medians {np.median(other) / np.median(mine):.2f}× (pairs {ratios.min():.2f}–{ratios.max():.2f})"
-        )
+        median = np.median(other) / np.median(mine)
+        print(f"  ratio of medians {median:.2f}× (pairs {ratios.min():.2f}–{ratios.max():.2f})")
 
 
 def spread(times: list[float]) -> str:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.exact.problems import best_ending_policies, best_of_all_policies, random_dense, random_ending
 from upslope.exact import MDP, modified_policy_iteration, policy_iteration, value_iteration, zoo
+from upslope.exact.dynamic_programming import _eliminate
 from upslope.exact.pairs import backup, pairs_of
 from upslope.exact.undiscounted import error_bound, total_reward
 
@@ -168,6 +169,24 @@ def test_elimination_changes_nothing_but_the_work():
     assert plain.iterations == quick.iterations
     np.testing.assert_allclose(plain.values, quick.values, atol=1e-10)
     np.testing.assert_array_equal(plain.policy, quick.policy)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.9])
+def test_elimination_never_drops_an_optimal_action(gamma):
+    """Rewards are shifted so that every action is optimal: whatever V the test sees, it must not drop one of them."""
+    generator = np.random.default_rng(11)
+    for scale in (1e-6, 1e-2, 1.0, 100.0):
+        mdp = random_dense(generator, 5, 4, gamma)
+        best = policy_iteration(mdp)
+        tied = MDP(mdp.transition, mdp.expected_reward + best.values[:, None] - best.q_values, gamma)
+        pairs = pairs_of(tied)
+        for _ in range(50):
+            values = best.values + scale * generator.standard_normal(5)
+            q = backup(pairs, values)
+            new = q.reshape(5, 4).max(axis=1)
+            reach = gamma / (1.0 - gamma) * float(np.ptp(new - values))
+            assert len(_eliminate(pairs, q, new, reach).reward) == 20
+            assert len(_eliminate(pairs, q, new, 1e-3 * reach).reward) < 20  # a smaller range would
 
 
 def test_the_span_rule_needs_fewer_sweeps():

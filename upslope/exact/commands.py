@@ -239,14 +239,15 @@ def _solution(config: Solve, mdp: MDP, progress: _Progress) -> tuple[Solution, d
         facts = {"iterations": solution.iterations, "residual": solution.residual}
         return solution, facts | {"error_bound": solution.error_bound}
     if config.method in LEARNERS:
-        return _learned(config.method, mdp, given)
-    return _predicted(config.method, mdp, given)
+        return _learned(config.method, mdp, given, progress)
+    return _predicted(config.method, mdp, given, progress)
 
 
-def _learned(method: str, mdp: MDP, given: dict[str, Any]) -> tuple[Solution, dict[str, Any]]:
+def _learned(method: str, mdp: MDP, given: dict[str, Any], progress: _Progress) -> tuple[Solution, dict[str, Any]]:
     options = {"episodes": 2000, "runs": 10} | given
     generator = np.random.default_rng(options.pop("seed", 0))
-    learned = LEARNERS[method](mdp, generator=generator, max_steps=10_000, **options)
+    watch = progress.episodes(options["episodes"])
+    learned = LEARNERS[method](mdp, generator=generator, max_steps=10_000, watch=watch, **options)
     q_values = learned.q_values.mean(axis=0)
     last = learned.episode_returns[:, -min(100, options["episodes"]) :].mean(axis=1)
     facts: dict[str, Any] = {"episodes": options["episodes"], "runs": options["runs"]}
@@ -255,7 +256,7 @@ def _learned(method: str, mdp: MDP, given: dict[str, Any]) -> tuple[Solution, di
     return solution, facts
 
 
-def _predicted(method: str, mdp: MDP, given: dict[str, Any]) -> tuple[Solution, dict[str, Any]]:
+def _predicted(method: str, mdp: MDP, given: dict[str, Any], progress: _Progress) -> tuple[Solution, dict[str, Any]]:
     uniform = np.full((mdp.num_states, mdp.num_actions), 1.0 / mdp.num_actions)
     whose = given.pop("policy", "uniform")
     best = value_iteration(mdp).policy if mdp.horizon else policy_iteration(mdp).policy
@@ -268,7 +269,8 @@ def _predicted(method: str, mdp: MDP, given: dict[str, Any]) -> tuple[Solution, 
         options = {"episodes": 2000, "runs": 10} | given
         generator = np.random.default_rng(options.pop("seed", 0))
         learn: Callable[..., sampled.Predicted] = sampled.td if method == "td" else sampled.monte_carlo
-        found = learn(mdp, policy, generator=generator, **options).values[:, -1]
+        watch = progress.episodes(options["episodes"])
+        found = learn(mdp, policy, generator=generator, watch=watch, **options).values[:, -1]
         truth = exact.values[-1] if exact.values.ndim == 2 else exact.values
         error = np.sqrt(((found - truth)[:, ~mdp.terminal] ** 2).mean(axis=1))
         values, q_values = found.mean(axis=0), q_values[-1] if q_values.ndim == 3 else q_values
@@ -315,7 +317,7 @@ def _cell(value: Any) -> str:
 
 
 class _Progress:
-    """A bar for work that takes long: how far the error has fallen from its first bound to the target, in decades."""
+    """A bar for work that takes long: how far the error has fallen towards the target, in decades, or the episodes."""
 
     def __init__(self, title: str, quiet: bool) -> None:
         columns = (
@@ -347,3 +349,14 @@ class _Progress:
         decades = np.log(self._first / min(self.target, self._first * 0.999))
         done = float(np.log(self._first / bound) / decades)
         self._bar.update(self._task, completed=done, state=f"{iterations:,} iterations, error ≤ {bound:.2g}")
+
+    def episodes(self, total: int) -> Callable[[int], None]:
+        """A watch for learners: the share of the episodes that are done."""
+
+        def watch(done: int) -> None:
+            now = time.monotonic()
+            if now - self._last >= 0.1:
+                self._last = now
+                self._bar.update(self._task, completed=done / total, state=f"{done:,} of {total:,} episodes")
+
+        return watch

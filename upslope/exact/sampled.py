@@ -32,6 +32,7 @@ from upslope.exact.sampling import Outcomes, draw, draw_start, outcomes
 
 StepSize = float | Callable[[Tensor], Tensor | float]
 Epsilon = float | Callable[[int], float]
+Watch = Callable[[int], None]  # called with the number of episodes that are done
 MAX_STEPS = 100_000
 
 
@@ -59,6 +60,7 @@ def monte_carlo(
     initial: float = 0.0,
     first_visit: bool = False,
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Predicted:
     """V(s) ← V(s) + α (G_t − V(s)) at every (or the first) visit of s in an episode (S&B 6.1; S3 eq 20 is its target).
 
@@ -96,6 +98,8 @@ def monte_carlo(
             counts[rows, state] += 1
             value[rows, state] += rate * (gain[rows] - value[rows, state])
         values[:, episode] = value
+        if watch is not None:
+            watch(episode)
     return Predicted(values)
 
 
@@ -110,6 +114,7 @@ def td(
     initial: float = 0.0,
     traces: Literal["accumulating", "replacing"] = "accumulating",
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Predicted:
     """TD(λ), online: δ = r + γV(s') − V(s); z ← γλz, z(s) += 1 (or = 1); V ← V + α δ z (S3 eq 11 at λ = 0; S&B 12.2).
 
@@ -147,6 +152,8 @@ def td(
             if rows.size == 0:
                 break
         values[:, episode] = value
+        if watch is not None:
+            watch(episode)
     return Predicted(values)
 
 
@@ -159,6 +166,7 @@ def q_learning(
     runs: int = 1,
     available: Bool[np.ndarray, "S A"] | None = None,
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Learned:
     """Q-learning (S3 alg 4) with ε-greedy actions (alg 5), ties broken at random, from Q = 0.
 
@@ -174,7 +182,7 @@ def q_learning(
     >>> learned.q_values[:, 36].max(axis=1).round().tolist()  # the start: the optimum is −13
     [-13.0, -13.0, -13.0, -13.0, -13.0]
     """
-    return _control("q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps)
+    return _control("q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def sarsa(
@@ -186,9 +194,10 @@ def sarsa(
     runs: int = 1,
     available: Bool[np.ndarray, "S A"] | None = None,
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Learned:
     """SARSA, on-policy (S&B 6.4): the next action's own value is the target. Arguments as `q_learning`."""
-    return _control("sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps)
+    return _control("sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def expected_sarsa(
@@ -200,9 +209,10 @@ def expected_sarsa(
     runs: int = 1,
     available: Bool[np.ndarray, "S A"] | None = None,
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Learned:
     """Expected SARSA (S&B 6.6): the mean over the ε-greedy policy's next action. Arguments as `q_learning`."""
-    return _control("expected_sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps)
+    return _control("expected_sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def double_q_learning(
@@ -214,9 +224,12 @@ def double_q_learning(
     runs: int = 1,
     available: Bool[np.ndarray, "S A"] | None = None,
     max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Learned:
     """Double Q-learning (van Hasselt 2010; S&B 6.7): one table chooses, the other values. Arguments as `q_learning`."""
-    return _control("double_q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps)
+    return _control(
+        "double_q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch
+    )
 
 
 def _control(
@@ -229,6 +242,7 @@ def _control(
     runs: int,
     available: Bool[np.ndarray, "S A"] | None,
     max_steps: int,
+    watch: Watch | None,
 ) -> Learned:
     legal = np.ones((mdp.num_states, mdp.num_actions), bool) if available is None else np.asarray(available)
     if legal.shape != (mdp.num_states, mdp.num_actions) or not legal.any(axis=1).all():
@@ -278,6 +292,8 @@ def _control(
             rows, state, action = rows[going], following[going], chosen[going]
             if rows.size == 0:
                 break
+        if watch is not None:
+            watch(episode + 1)
     return Learned(q.mean(axis=0), returns, lengths)
 
 
