@@ -220,7 +220,7 @@ def _proper_policy(mdp: MDP, pairs: Pairs, first: Int[np.ndarray, " n"]) -> Int[
             forward = allowed & (rows[owner] < 0) & (ends | (pairs.matrix @ reached > 0.0))
             if not forward.any():
                 break
-            rows[owner[forward]] = np.flatnonzero(forward)
+            rows[owner[forward][::-1]] = np.flatnonzero(forward)[::-1]  # the first such action of each state
         if (rows[safe] >= 0).all():
             break
         safe = rows >= 0
