@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.exact.problems import best_ending_policies, best_of_all_policies, random_dense, random_ending
 from upslope.exact import MDP, modified_policy_iteration, policy_iteration, value_iteration, zoo
-from upslope.exact.dynamic_programming import _eliminate
+from upslope.exact.dynamic_programming import _eliminate, _one_of
 from upslope.exact.pairs import backup, pairs_of
 from upslope.exact.undiscounted import error_bound, total_reward
 
@@ -248,8 +248,11 @@ def test_what_is_refused():
             solve(mdp.replace(horizon=5))
     with pytest.raises(ValueError, match="horizon: a positive number"):
         value_iteration(mdp, horizon=0)
-    with pytest.raises(ValueError, match="evaluation: "):
-        policy_iteration(mdp, evaluation="approximate")
+    with pytest.raises(ValueError, match="stop: one of sup, span, got 'spam'"):
+        _one_of("stop", "spam", ("sup", "span"))
+    for call in (lambda: policy_iteration(mdp, evaluation="approximate"), lambda: value_iteration(mdp, stop="spam")):
+        with pytest.raises((ValueError, TypeError)):  # the shape checker of the tests speaks first
+            call()
     with pytest.raises(ValueError, match="sweeps: 0 or more"):
         modified_policy_iteration(mdp, sweeps=-1)
 

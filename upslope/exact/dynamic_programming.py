@@ -74,6 +74,7 @@ def value_iteration(
     >>> value_iteration(mdp, horizon=2).values.tolist()
     [[0.0, 0.0], [1.0, 2.0], [1.5, 3.0]]
     """
+    _one_of("stop", stop, ("sup", "span"))
     horizon = mdp.horizon if horizon is None else horizon
     if horizon is not None:
         return _finite_horizon(mdp, horizon, watch)
@@ -103,6 +104,7 @@ def modified_policy_iteration(
     [2.0, 4.0]
     """
     _no_horizon(mdp, "modified_policy_iteration")
+    _one_of("stop", stop, ("sup", "span"))
     if sweeps < 0:
         raise ValueError(f"sweeps: 0 or more, got {sweeps}")
     problem, merged = _prepare(mdp, tol)
@@ -134,8 +136,7 @@ def policy_iteration(
     ([2.0, 4.0], 1)
     """
     _no_horizon(mdp, "policy_iteration")
-    if evaluation not in ("exact", "iterative"):
-        raise ValueError(f'evaluation: "exact" or "iterative", got {evaluation!r}')
+    _one_of("evaluation", evaluation, ("exact", "iterative"))
     problem, merged = _prepare(mdp, tol)
     rows = merged.proper if isinstance(merged, TotalReward) else greedy_rows(problem, problem.reward)
     values, accuracy = np.zeros(len(problem.start) - 1), tol / 4.0
@@ -287,6 +288,11 @@ def _sweep_policy(pairs: Pairs, rows: np.ndarray, values: np.ndarray, tol: float
 
 
 # ---- before and after ------------------------------------------------------------------------------------------------
+
+
+def _one_of(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name}: one of {', '.join(allowed)}, got {given!r}")
 
 
 def _prepare(mdp: MDP, tol: float) -> tuple[Pairs, TotalReward | None]:

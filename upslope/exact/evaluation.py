@@ -67,7 +67,7 @@ def chain(mdp: MDP, policy: Policy) -> tuple[sp.csr_array, Float[np.ndarray, " S
     return matrix, (table * mdp.expected_reward).sum(axis=1)
 
 
-def evaluate_policy(mdp: MDP, policy: Policy, horizon: int | None = None) -> Evaluation:
+def evaluate_policy(mdp: MDP, policy: Policy | Int[np.ndarray, "stages S"], horizon: int | None = None) -> Evaluation:
     """V^π = (I − γP_π)⁻¹ r_π, Q^π = r + γ P V^π, A^π = Q^π − V^π (S3 eq 10, S4 2.3.1).
 
     With a horizon by backward steps.

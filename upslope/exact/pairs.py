@@ -98,7 +98,7 @@ def solve(matrix: sp.csr_array, reward: Float[np.ndarray, " n"], gamma: float) -
     return np.asarray(sp.linalg.spsolve(sp.csc_array(sp.eye_array(n, format="csc") - gamma * matrix.tocsc()), reward))
 
 
-def rounding(pairs: Pairs, values: Float[np.ndarray, " n"]) -> float:
+def rounding(pairs: Pairs, values: Float[np.ndarray, "*stages n"]) -> float:
     """How far a computed backup can be from the exact one in float64: (terms + 3) · ε · (max|r| + max|V|)."""
     terms = int(np.diff(pairs.matrix.indptr).max(initial=0)) + 3
     scale = float(np.abs(values).max(initial=0.0)) + float(np.abs(pairs.reward).max(initial=0.0))
