@@ -1,7 +1,7 @@
 """One PPO gradient step with θ as one vector, beside the same step on `nn.Module` parameters with fused Adam.
 
-Same objective, same network (separate 64×64 tanh actor and critic), forward, backward, clip and Adam; eager, one
-thread. Run: `taskset -c 0 python -m bench.theta`
+Same objective, same network (separate 64×64 tanh actor and critic): forward, backward, clip, Adam; eager, one thread.
+Run: `taskset -c 0 python -m bench.theta`
 """
 
 import argparse

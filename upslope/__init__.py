@@ -1,1 +1,18 @@
-"""Upslope: policy gradients from a gridworld to a language model."""
+"""Upslope: policy gradients from a gridworld to a language model.
+
+`from upslope import PPO` reaches the public names of the wings; a wing is imported when one of its names is asked for,
+so that `upslope --help` need not wait for torch.
+"""
+
+import importlib
+from typing import Any
+
+_WINGS = {"PPO": "upslope.control", "Agent": "upslope.control"}
+
+__all__ = ["PPO", "Agent"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WINGS:
+        raise AttributeError(f"module 'upslope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WINGS[name]), name)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console(width=120).print(_help(), highlight=False)
+        Console(width=120).print(_help(), highlight=False, soft_wrap=True)
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -68,14 +68,18 @@ def methods(arguments: list[str]) -> int:
 def train(arguments: list[str]) -> int:
     """train ALGO --env ID [flags]: train an agent"""
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console().print(f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}", highlight=False)
-        Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False)
+        Console().print(
+            f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False, soft_wrap=True)
         return 0
     algorithm = arguments[0]
     module, kind = _algorithm(algorithm)
     config = _parse_config(algorithm, kind, arguments[1:])
-    agent = module.train(config)
-    _say_where(config.run.run_dir, agent)
+    module.train(config)
+    _say_where(config.run.run_dir)
     return 0
 
 
@@ -89,6 +93,7 @@ def resume(arguments: list[str]) -> int:
         logging.getLogger(__name__).info("%s is complete", directory)
         return 0
     module.train(config, Run.resume(directory, algorithm, config, config.total_steps))
+    _say_where(directory)
     return 0
 
 
@@ -124,7 +129,7 @@ def watch(arguments: list[str]) -> int:
     agent = _load_agent(options.run)
     frames = (frame for frame, _ in agent.frames(options.seed, options.max_steps))
     write_video(frames, options.out, agent.frames_per_second())
-    Console().print(f"film: {options.out}", highlight=False)
+    Console().print(f"film: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -137,8 +142,9 @@ def compare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from upslope.report import plots
 
-    Console().print(plots.compare(options.runs, options.out, options.metric))
-    Console().print(f"picture: {options.out}", highlight=False)
+    outcomes = plots.compare(options.runs, options.out, options.metric, thresholds=_thresholds(options.runs))
+    Console(width=120).print(plots.table(outcomes), highlight=False)
+    Console().print(f"picture: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -151,7 +157,7 @@ def report(arguments: list[str]) -> int:
 
     out = options.out or options.run / "report.html"
     write_page(options.run, out)
-    Console().print(f"report: {out}", highlight=False)
+    Console().print(f"report: {out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -179,6 +185,16 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "fingerprint": fingerprint,
 }
+
+
+def _thresholds(runs: Sequence[Path]) -> dict[str, float]:
+    """The return at which Gymnasium calls each environment solved, where it says so."""
+    from upslope.control.environments import register
+    from upslope.runs.run import read_config
+
+    ids = {read_config(run)["config"]["environment"]["id"] for run in runs}
+    found = {environment_id: register(environment_id).reward_threshold for environment_id in ids}
+    return {environment_id: float(value) for environment_id, value in found.items() if value is not None}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,7 +238,8 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     known, rest = early.parse_known_args(arguments)
     default = kind()
     if known.env is not None:
-        environments.register(known.env)  # an unknown id is said before anything else
+        if "envpool" not in rest:
+            environments.register(known.env)  # an unknown id is said before anything else
         preset = getattr(presets, algorithm.replace("-", "_"))(known.env) if known.preset else None
         if preset is not None:
             default = preset
@@ -244,7 +261,8 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
 
 
 def _read_run(directory: Path) -> tuple[str, Any, Any]:
-    from upslope.runs.run import from_json, read_config
+    from upslope.runs.run import read_config
+    from upslope.runs.settings import from_json
 
     described = read_config(directory)
     algorithm = described["algorithm"]
@@ -262,12 +280,17 @@ def _load_agent(directory: Path) -> Any:
     return load(_read_run(directory)[2], directory)
 
 
-def _say_where(directory: Path, agent: Any) -> None:
-    console = Console()
-    console.print(
-        f"run: {directory}   next: upslope report {directory} · upslope watch {directory} --out episode.gif",
-        highlight=False,
-    )
+def _say_where(directory: Path) -> None:
+    summary = json.loads((directory / "summary.json").read_text())
+    console = Console(width=120)
+    if summary.get("episode_return") is not None:
+        seconds, value = summary["seconds"], summary["episode_return"]
+        console.print(
+            f"done in {seconds:.0f} s; mean return of the last 100 training episodes: {value:.1f}", highlight=False
+        )
+    console.print(f"run: {directory}", highlight=False, soft_wrap=True)
+    hint = f"next: upslope report {directory} · upslope watch {directory} --out episode.gif"
+    console.print(hint, highlight=False, soft_wrap=True)
 
 
 def _help() -> str:

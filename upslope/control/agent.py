@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ class Agent(NamedTuple):
         if episodes < 1:
             raise ValueError(f"episodes is {episodes}, allowed: 1 or more")
         count = min(episodes, 16)
-        config = replace(self.environment, num_envs=count, vectorization="sync", autoreset="disabled")
+        how: Literal["envpool", "sync"] = "envpool" if self.environment.vectorization == "envpool" else "sync"
+        config = replace(self.environment, num_envs=count, vectorization=how, autoreset="disabled")
         envs, observation = environments.make(config, derive(seed, "evaluate"))
         share = np.array([episodes // count + (i < episodes % count) for i in range(count)])
         played, total, length = np.zeros(count, int), np.zeros(count), np.zeros(count, int)
@@ -75,7 +76,7 @@ class Agent(NamedTuple):
         while (played < share).any():
             noise = None if deterministic else head.noise((count, *head.noise_shape), random)
             step = envs.step(self.act(observation, noise))
-            total, length = total + step.reward, length + 1
+            total, length = total + step.reward, length + (1 if step.valid is None else step.valid)
             for i in np.flatnonzero(step.ended):
                 if played[i] < share[i]:
                     returns.append(total[i])
@@ -103,10 +104,7 @@ class Agent(NamedTuple):
 
     def frames_per_second(self) -> float:
         """What the environment declares, or 30."""
-        env = Single(self.environment)()
-        rate = env.metadata.get("render_fps", 30)
-        env.close()
-        return float(rate)
+        return environments.describe(self.environment)[2]
 
 
 def _batch_of_one(observation: Any) -> Any:
@@ -124,11 +122,10 @@ def load(config: Any, directory: Path) -> Agent:
     saved = checkpoint.newest(directory / CHECKPOINTS)
     if saved is None:
         raise ValueError(f"{directory} has no checkpoint yet")
-    env = Single(config.environment)()
-    module = networks.actor_critic(env.observation_space, env.action_space, config.network, seed=0)
+    observation_space, action_space, _ = environments.describe(config.environment)
+    module = networks.actor_critic(observation_space, action_space, config.network, seed=0)
     net = Net(module)
     if saved.state["layout"] != net.layout.table():
         raise ValueError(f"{directory}: the checkpoint's parameters do not fit the network of its configuration")
-    normalizer = normalization.unpack(saved.tensors, env.observation_space, config.normalize)
-    env.close()
+    normalizer = normalization.unpack(saved.tensors, observation_space, config.normalize)
     return Agent(net, net.bind(saved.tensors["theta"]), config.environment, config.normalize, normalizer)

@@ -6,6 +6,7 @@ reset rows of NEXT_STEP environments come with `valid = False`.
 
 import difflib
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -18,7 +19,10 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from upslope.control import episodes
+from upslope.control import atari, episodes, networks
+from upslope.control.atari import Atari
+from upslope.control.envpool import EnvPool
+from upslope.runs import settings
 from upslope.runs.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -26,18 +30,7 @@ log = logging.getLogger(__name__)
 STEP_TIMEOUT = 60.0  # seconds a worker process may take for one step before it counts as hung
 
 Observation = np.ndarray | dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Atari:
-    """The Atari details of the "37 details" list that belong to the environment (Mnih et al. 2015)."""
-
-    noop_max: int = 30  # random no-ops at reset, drawn by the episode's seed
-    frame_skip: int = 4  # frames an action is repeated, the last two max-pooled
-    episodic_life: bool = True  # a lost life has no value beyond, though the game goes on
-    fire_reset: bool = True  # press FIRE where the game waits for it
-    screen_size: int = 84  # pixels, grey
-    frame_stack: int = 4  # frames an observation holds
+Kind = Literal["episodes", "native", "pool"]  # Gymnasium's, seeded and replayed; the id's own vector; EnvPool's
 
 
 @dataclass(frozen=True)
@@ -48,12 +41,11 @@ class Config:
     num_envs: int = 8
     vectorization: Literal["auto", "native", "sync", "async", "envpool"] = "auto"
     autoreset: Literal["disabled", "same-step", "next-step"] = "disabled"  # of sync and async
-    atari: Atari | None = None
+    atari: Atari | None = None  # its preprocessing
     kwargs: dict[str, Any] = field(default_factory=dict)  # for gymnasium.make
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1:
-            raise ValueError(f"environment.num_envs is {self.num_envs}, allowed: 1 or more")
+        settings.within(self, 1, None, "num_envs")
 
 
 class Transition(NamedTuple):
@@ -87,15 +79,17 @@ class Single:
     def __call__(self) -> gym.Env:
         register(self.config.id)
         kwargs = dict(self.config.kwargs)
+        if self.render_mode is not None:  # not every environment has the argument
+            kwargs["render_mode"] = self.render_mode
         if self.config.atari is not None:
             kwargs.setdefault("frameskip", 1)
         try:
-            env = gym.make(self.config.id, render_mode=self.render_mode, disable_env_checker=True, **kwargs)
+            env = gym.make(self.config.id, disable_env_checker=True, **kwargs)
         except gym.error.DependencyNotInstalled as error:
             raise ValueError(
                 f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
             ) from error
-        return preprocess_atari(env, self.config.atari) if self.config.atari else env
+        return atari.preprocess(env, self.config.atari) if self.config.atari else env
 
 
 def register(environment_id: str) -> gym.envs.registration.EnvSpec:
@@ -108,50 +102,20 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
                 f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
             ) from error
         gym.register_envs(ale_py)
+    module, _, name = environment_id.rpartition(":")  # "module:Id-v0": the module registers the id
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"environment.id {environment_id!r}: {error}") from error
     try:
-        return gym.spec(environment_id)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(environment_id, list(gym.registry), n=3, cutoff=0.5)
+        return gym.spec(name)
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(
             f"environment.id {environment_id!r} is not a registered Gymnasium environment{hint}"
         ) from error
-
-
-class FireReset(gym.Wrapper):
-    """Press FIRE after a reset and after each lost life, in games that do not start without it."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self._lives = 0
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        observation, info = self.env.reset(**kwargs)
-        observation, _, terminated, truncated, info = self.env.step(1)
-        if terminated or truncated:
-            observation, info = self.env.reset(**kwargs)
-        self._lives = info.get("lives", 0)
-        return observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if info.get("lives", 0) < self._lives and not (terminated or truncated):
-            self._lives = info["lives"]
-            observation, extra, terminated, truncated, info = self.env.step(1)
-            reward = float(reward) + float(extra)
-        return observation, reward, terminated, truncated, info
-
-
-def preprocess_atari(env: gym.Env, config: Atari) -> gym.Env:
-    """No-op starts, max-pooled frame skip, FIRE, grey 84 × 84 frames, stacked. Life loss is handled in `step`."""
-    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-
-    env = AtariPreprocessing(
-        env, noop_max=config.noop_max, frame_skip=config.frame_skip, screen_size=config.screen_size
-    )
-    if config.fire_reset and "FIRE" in env.unwrapped.get_action_meanings():  # type: ignore[attr-defined]
-        env = FireReset(env)
-    return FrameStackObservation(env, config.frame_stack)
 
 
 def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
@@ -173,8 +137,8 @@ def to_space(space: spaces.Space, action: np.ndarray) -> np.ndarray:
 class Environments:
     """N environments that step together, made by `make`; `snapshot` and `make(..., start=...)` carry it over a kill."""
 
-    def __init__(self, config: Config, envs: VectorEnv, seed: int, native: bool, exact: bool) -> None:
-        self.config, self.envs, self.seed, self.native, self.exact = config, envs, seed, native, exact
+    def __init__(self, config: Config, envs: VectorEnv, seed: int, kind: Kind, first_index: int = 0) -> None:
+        self.config, self.envs, self.seed, self.kind, self.first_index = config, envs, seed, kind, first_index
         self.num_envs = envs.num_envs
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.autoreset = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
@@ -182,11 +146,15 @@ class Environments:
         self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
         self._owed = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next row is a reset row
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
+        self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
 
     def reset(self) -> Observation:
-        observation, infos = self.envs.reset(seed=derive(self.seed, "native") % 2**31 if self.native else None)
+        observation, infos = self.envs.reset(
+            seed=derive(self.seed, "native") % 2**31 if self.kind == "native" else None
+        )
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
+        self._seen = observation
         return observation
 
     def step(self, action: np.ndarray) -> Transition:
@@ -196,55 +164,69 @@ class Environments:
             ValueError: a NaN or infinite observation or reward, naming environment, step and episode seed.
         """
         observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
-        self._refuse_non_finite(observation, reward)
         ended = terminated | truncated
         next_observation, valid = observation, None
+        if self.autoreset == AutoresetMode.SAME_STEP and ended.any():
+            next_observation = _place(observation, infos["final_obs"], ended)
+        self._refuse_non_finite(next_observation, reward)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             valid = ~self._owed
             self._owed = ended
         self.length += 1 if valid is None else valid
         if ended.any():
-            if self.autoreset == AutoresetMode.SAME_STEP:
-                next_observation = _place(observation, infos["final_obs"], ended)
-                self._refuse_non_finite(next_observation, None)
-            elif self.autoreset == AutoresetMode.DISABLED:
+            self.episode = self.episode + ended
+            self.length[ended] = 0
+            if self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
                 infos = (
                     {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
                 )
+            if self.autoreset != AutoresetMode.NEXT_STEP:
                 self._refuse_non_finite(observation, None)
-            self.episode = self.episode + ended
-            self.length[ended] = 0
         if self.config.atari is not None and self.config.atari.episodic_life and "lives" in infos:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
             self._lives = lives
+        self._seen = observation
         return Transition(next_observation, observation, reward, terminated, truncated, ended, valid)
 
     def _advance(self, action: Any) -> tuple[Any, ...]:
         if isinstance(self.envs, AsyncVectorEnv):
             self.envs.step_async(action)
-            return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            try:
+                return self.envs.step_wait(timeout=STEP_TIMEOUT)
+            except Exception as error:  # a worker's error arrives inside another of its kind, its notes within
+                for note in getattr(error.args[0] if error.args else None, "__notes__", ()):
+                    error.add_note(note)
+                raise
         return self.envs.step(action)
+
+    def _episode_seed(self, index: int) -> int:
+        return episodes.episode_seed(self.seed, self.first_index + index, int(self.episode[index]))
 
     def _refuse_non_finite(self, observation: Observation, reward: np.ndarray | None) -> None:
         bad = _non_finite(observation) if reward is None else _non_finite(observation, reward)
         if bad is None:
             return
         what, index = bad
-        at = f"its reset seed {episodes.episode_seed(self.seed, index, int(self.episode[index]))}"
+        begins = reward is None or self._owed[index]  # the first observation of an episode
+        episode, step = int(self.episode[index]), int(self.length[index]) + 1
+        at = f"its reset seed {self._episode_seed(index)}" if self.kind == "episodes" else f"run seed {self.seed}"
         raise ValueError(
-            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at step "
-            f"{int(self.length[index]) + 1} of its episode {int(self.episode[index])} "
-            f"({'run seed ' + str(self.seed) if self.native else at}); "
+            f"{self.config.id} gave a NaN or infinite {what} in environment {index} at "
+            f"{'the reset' if begins else f'step {step}'} of its episode {episode} ({at}); "
             "nothing was trained on it, the last checkpoint is kept"
         )
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All that is needed to stand here again, as arrays."""
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
-        if self.native:
+        if self.kind == "native":
+            parts = self._seen if isinstance(self._seen, dict) else {"": self._seen}
+            state |= {f"seen.{name}": np.array(part) for name, part in parts.items()}
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
+        if self.kind == "pool":
+            return state
         shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
         flat = [action for shot in shots for action in shot.actions]
@@ -253,9 +235,17 @@ class Environments:
         ended = np.array([shot.ended for shot in shots])
         return state | {"actions": actions, "counts": counts, "begun": begun, "ended": ended}
 
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
-        self.episode, self.length = state["episode"].copy(), state["length"].copy()
+    def _restore(self, state: dict[str, np.ndarray]) -> Observation:
+        self.episode = state["episode"].copy()
+        if self.kind == "pool":  # its episodes begin anew
+            return self._seen
+        if self.kind == "native":
+            episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
+            parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
+            self._seen = parts.get("", parts)
+        self.length = state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
+        return self._seen
 
     def close(self) -> None:
         self.envs.close()
@@ -275,43 +265,58 @@ def make(
     Raises:
         ValueError: unknown id (nearest named), missing package, unsupported space, a mode that the id does not have.
     """
-    register(config.id)
-    native = _choose_native(config)
-    if native:
-        envs: VectorEnv = _native(config, config.num_envs)()
-        exact = _native_exact(Single(config))
+    kind = _kind(config)
+    if kind == "pool":
+        envs: VectorEnv = EnvPool(
+            config.id, config.num_envs, derive(seed, "pool", first_index) % 2**31, **config.kwargs
+        )
+        exact = False
+    elif kind == "native":
+        envs, exact = _native(config, config.num_envs)(), _native_exact(Single(config))
     else:
         factory = Single(config)
+        networks.refuse_unsupported(describe(config)[0])
         check = episodes.replay_check(factory)
         exact = check.exact
-        if not exact:
-            log.warning(
-                "%s is not a function of its seed and actions: a resumed run will not be bitwise equal", config.id
-            )
         shots = _snapshots(config.num_envs, start)
         starts = [episodes.EpisodeStarts(factory, seed, first_index + i, check.fresh, s) for i, s in enumerate(shots)]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
         vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
         envs = vector(starts, autoreset_mode=mode)
-    environments = Environments(config, envs, seed, native, exact)
+    if not exact:
+        log.warning("%s: its state cannot be restored exactly, a resumed run will not be bitwise equal", config.id)
+    environments = Environments(config, envs, seed, kind, first_index)
     observation = environments.reset()
     if start is not None:
-        environments._restore(start)
-        if native:
-            episodes.restore_native(envs, {k[7:]: v for k, v in start.items() if k.startswith("native.")})
+        observation = environments._restore(start)
     return environments, observation
 
 
-def _choose_native(config: Config) -> bool:
+def describe(config: Config) -> tuple[spaces.Space, spaces.Space, float]:
+    """Observation space, action space and frames a second of one environment, which is closed again."""
     if config.vectorization == "envpool":
-        raise ValueError("environment.vectorization 'envpool' is not supported for this environment")
-    offered = gym.spec(config.id).vector_entry_point is not None
-    if config.vectorization == "native" and not offered:
-        raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
-    if config.vectorization == "auto":
-        usable = offered and config.atari is None
-        return usable and _native_exact(Single(config))
-    return config.vectorization == "native"
+        pool = EnvPool(config.id, 1, 0, **config.kwargs)
+        pool.close()
+        return pool.single_observation_space, pool.single_action_space, 30.0
+    env = Single(config)()
+    env.close()
+    return env.observation_space, env.action_space, float(env.metadata.get("render_fps", 30))
+
+
+def _kind(config: Config) -> Kind:
+    if config.vectorization == "envpool":
+        if config.atari is not None:
+            raise ValueError(
+                "environment.atari is for Gymnasium's games; EnvPool's own take theirs by environment.kwargs"
+            )
+        return "pool"
+    offered = register(config.id).vector_entry_point is not None
+    if config.vectorization == "native":
+        if not offered:
+            raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
+        return "native"
+    usable = config.vectorization == "auto" and offered and config.atari is None
+    return "native" if usable and _native_exact(Single(config)) else "episodes"
 
 
 def _native(config: Config, num_envs: int) -> Callable[[], VectorEnv]:

@@ -131,7 +131,21 @@ def encoder(space: spaces.Space, features: int) -> nn.Module:
         return Flat(space)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return OneHot(space)
-    raise ValueError(
+    raise unsupported(space)
+
+
+def refuse_unsupported(space: spaces.Space) -> None:
+    """Raise a `ValueError` for an observation space without an encoder, before anything is read from it."""
+    if isinstance(space, spaces.Dict):
+        for part in space.spaces.values():
+            refuse_unsupported(part)
+    elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise unsupported(space)
+
+
+def unsupported(space: spaces.Space) -> ValueError:
+    """The error that names an observation space and those that are supported."""
+    return ValueError(
         f"observation space {space} is not supported; allowed: Box, Discrete, MultiDiscrete, MultiBinary and Dict of "
         "these (gymnasium.wrappers.FlattenObservation turns a Tuple into a Box)"
     )

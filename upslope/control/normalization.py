@@ -17,6 +17,7 @@ from torch import Tensor
 from upslope.control.networks import Observation
 from upslope.core import statistics
 from upslope.core.statistics import Moments
+from upslope.runs import settings
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class Config:
     reward_sign: bool = False  # Atari: the sign of the reward is all that is learned from
 
     def __post_init__(self) -> None:
-        for name in ("observation_clip", "reward_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"normalize.{name} is {getattr(self, name)}, allowed: positive numbers")
+        settings.positive(self, "observation_clip", "reward_clip")
 
 
 _RETURN = "<return>"  # no key of a Dict observation

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upslope.runs import settings
+
 
 class State(NamedTuple):
     """An optimiser's memory: steps taken, and its running averages."""
@@ -31,6 +33,10 @@ class Adam:
     epsilon: float = 1e-5  # PPO's 1e-5, not PyTorch's 1e-8
     beta1: float = 0.9
     beta2: float = 0.999
+
+    def __post_init__(self) -> None:
+        settings.positive(self, "learning_rate", "epsilon")
+        settings.within(self, 0, 1, "beta1", "beta2")
 
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta), torch.zeros_like(theta)))
@@ -60,6 +66,10 @@ class RMSProp:
     alpha: float = 0.99
     epsilon_inside: bool = False  # TensorFlow's placement, v starting at 1
 
+    def __post_init__(self) -> None:
+        settings.positive(self, "learning_rate", "epsilon")
+        settings.within(self, 0, 1, "alpha")
+
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta),))
 
@@ -80,6 +90,10 @@ class SGD:
 
     learning_rate: float = 1e-2
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        settings.positive(self, "learning_rate")
+        settings.within(self, 0, 1, "momentum")
 
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta),))

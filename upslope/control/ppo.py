@@ -22,7 +22,7 @@ from upslope.control import environments, networks, normalization, optimizers, r
 from upslope.control.agent import Agent
 from upslope.control.parameters import Net
 from upslope.core import advantages, divergences, reductions, returns, statistics, surrogates, values
-from upslope.runs import distributed
+from upslope.runs import distributed, settings
 from upslope.runs import run as runs
 from upslope.runs.randomness import derive, generator
 from upslope.runs.run import Run
@@ -56,18 +56,16 @@ class PPO:
     noise_interval: int = 0  # steps an exploration matrix is kept with state-dependent noise; 0: a whole rollout
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "rollout_length", "num_epochs", "minibatch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, allowed: 1 or more")
+        settings.within(self, 1, None, "total_steps", "rollout_length", "num_epochs", "minibatch_size")
+        settings.within(self, 0, 1, "gamma", "gae_lambda", "clip_low")
+        settings.within(self, 0, None, "clip_high", "value_coef", "entropy_coef", "noise_interval")
+        settings.positive(self, "clip_value", "max_grad_norm", "target_kl")
         rows = self.rollout_length * self.environment.num_envs
         if self.minibatch_size > rows:
             raise ValueError(
                 f"minibatch_size is {self.minibatch_size}, but a rollout has only rollout_length "
                 f"{self.rollout_length} × num_envs {self.environment.num_envs} = {rows} transitions"
             )
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, allowed: 0 to 1")
 
 
 class State(NamedTuple):

@@ -194,6 +194,9 @@ def unpack(
     start = {k.removeprefix("environments."): v.numpy() for k, v in tensors.items() if k.startswith("environments.")}
     envs, observation = environments.make(config, seed, first_index, start)
     normalizer = normalization.unpack(tensors, envs.observation_space, normalize)
+    if envs.kind == "pool":  # its running episodes are lost
+        tensors = {**tensors, "episode_return": torch.zeros(envs.num_envs, dtype=torch.float64)}
+        tensors["episode_length"] = torch.zeros(envs.num_envs, dtype=torch.int64)
     return World(
         envs, observation, tensors["episode_return"].numpy(), tensors["episode_length"].numpy(),
         tensors["recent"].numpy(), int(tensors["episodes"]), normalizer,

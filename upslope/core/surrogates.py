@@ -267,7 +267,7 @@ def clip_fraction(
 def _pessimistic(
     ratios: Float[Tensor, "*shape"], psi: Float[Tensor, "*shape"], clip_low: Scalar, clip_high: Scalar
 ) -> Float[Tensor, "*shape"]:
-    """min(rho Psi, clip(rho) Psi) as min(rho Psi, g(Psi)), g = (1 + clip_high) Psi for Psi > 0, else (1 - clip_low) Psi.
+    """min(rho Psi, clip(rho) Psi) as min(rho Psi, g): g is (1 + clip_high) Psi if Psi > 0, else (1 - clip_low) Psi.
 
     Inside the clip both are rho Psi, and of its two ends only the one on the side of Psi can be smaller: the same
     value and gradient in two thirds of the time (Achiam 2018, "Simplified PPO-Clip objective").

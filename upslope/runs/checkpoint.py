@@ -36,7 +36,7 @@ class DamagedCheckpointError(ValueError):
 
 
 def write(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = KEEP) -> Path:
-    """Write `<root>/<step>/` atomically and durably, then remove the oldest beyond `keep`.
+    """Write `<root>/<step>/` atomically and durably, then remove the oldest beyond `keep`, and any of a later step.
 
     Raises:
         OSError: the disk is full or not writable; nothing visible has changed and the partial directory is removed.
@@ -62,7 +62,10 @@ def write(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, An
             f"checkpoint at step {step} was not written ({error.strerror}); the last good one is kept",
             str(final),
         ) from error
-    for old in steps(root)[:-keep]:  # out of sight first, so that a kill leaves no half-removed checkpoint behind
+    present = steps(root)
+    abandoned = [other for other in present if other > step]  # damaged: the run went on from one before them
+    # out of sight first, so that a kill leaves no half-removed checkpoint behind
+    for old in [*abandoned, *[other for other in present if other <= step][:-keep]]:
         hidden = root / f".partial-{old}"
         os.replace(root / str(old), hidden)
         _remove(hidden)
@@ -81,7 +84,8 @@ def read(root: Path, step: int) -> Checkpoint:
         payload = (path / TENSORS).read_bytes()
         described = {key: value for key, value in state.items() if key != "self"}
         whole = state["self"] == _digest(described) and state["sha256"][TENSORS] == hashlib.sha256(payload).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = whole and state["step"] == step
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: {error!r}") from error
     if not whole:
         raise DamagedCheckpointError(f"{path}: checksum mismatch")

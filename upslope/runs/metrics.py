@@ -39,7 +39,7 @@ class Metrics:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
-        return {path.name: path.stat().st_size for path in _append_only(self.directory)}
+        return {path.name: path.stat().st_size for path in append_only(self.directory)}
 
     def close(self) -> None:
         self._file.close()
@@ -48,7 +48,7 @@ class Metrics:
 
 def cut(directory: Path, offsets: dict[str, int]) -> None:
     """Cut every append-only file to its length at the checkpoint; remove those begun after it."""
-    for path in _append_only(directory):
+    for path in append_only(directory):
         if path.name not in offsets:
             path.unlink()
         elif path.stat().st_size > offsets[path.name]:
@@ -61,5 +61,6 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is a line still being written
 
 
-def _append_only(directory: Path) -> list[Path]:
+def append_only(directory: Path) -> list[Path]:
+    """A run's files that only grow: lines and events."""
     return sorted([*directory.glob("*.jsonl"), *directory.glob("events.out.tfevents.*")])

@@ -1,13 +1,11 @@
 """A run: its directory, its resolved configuration, its metrics and checkpoints, and how it goes on after a kill."""
 
-import dataclasses
+import contextlib
 import json
 import logging
 import os
 import platform
 import time
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.runs import checkpoint, metrics, progress
+from upslope.runs import checkpoint, metrics, progress, settings
 from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -37,10 +35,8 @@ class Config:
     quiet: bool = False  # no progress display
 
     def __post_init__(self) -> None:
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds is {self.checkpoint_seconds}, allowed: 0 or more")
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, allowed: 1 or more")
+        settings.within(self, 0, None, "checkpoint_seconds")
+        settings.within(self, 1, None, "threads")
 
 
 Options = Annotated[Config, tyro.conf.OmitArgPrefixes]  # on the command line: --seed, not --run.seed
@@ -83,6 +79,8 @@ class Run:
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
+        self._untouched = self.restored is None  # nothing was learned yet
+        self._saved_step = self.restored.step if self.restored else None
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
@@ -96,6 +94,8 @@ class Run:
         self.display.__exit__(*error)
         if self.metrics is not None:
             self.metrics.close()
+        if self.directory is not None and self._untouched and isinstance(error[1], Exception):
+            _remove_empty(self.directory)  # a setting was wrong: the corrected command may use the same name
 
     @property
     def seconds(self) -> float:
@@ -104,6 +104,7 @@ class Run:
 
     def record(self, step: int, numbers: Mapping[str, float | None]) -> None:
         """Metrics and progress of one iteration."""
+        self._untouched = False
         now = time.monotonic()
         since, before = self._rate
         speed = (step - before) / max(now - since, 1e-9)
@@ -118,8 +119,11 @@ class Run:
         return self.directory is not None and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
-        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it."""
-        if self.directory is None or self.metrics is None:
+        """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it.
+
+        A step that has its checkpoint is not written again: replacing it could lose the only one to a kill.
+        """
+        if self.directory is None or self.metrics is None or step == self._saved_step:
             return
         state = {
             **described,
@@ -130,7 +134,7 @@ class Run:
             "offsets": self.metrics.offsets(),
         }
         checkpoint.write(self.directory / CHECKPOINTS, step, tensors, state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
 
     def finish(self, step: int, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: the run is complete."""
@@ -147,58 +151,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        return json.loads(path.read_text())
+        described = json.loads(path.read_text())
+        if not isinstance(described, dict) or not {"algorithm", "config"} <= described.keys():
+            raise ValueError("it does not name an algorithm and its configuration")
+        return described
     except FileNotFoundError as error:
         raise ValueError(f"{directory} is not a run directory: it has no {CONFIG}") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def to_json(config: Any) -> Any:
-    """A dataclass as JSON values; dataclasses say their type, so that a union can be read back.
-
-    >>> to_json(Config(seed=3))["seed"]
-    3
-    """
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"type": type(config).__name__, **fields}
-    if isinstance(config, Path):
-        return str(config)
-    if isinstance(config, Mapping):
-        return {str(key): to_json(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_json(value) for value in config]
-    return config
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of `to_json` for a type annotation.
-
-    >>> from_json(Config, to_json(Config(seed=3))) == Config(seed=3)
-    True
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return from_json(arguments[0], value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        named = [a for a in arguments if dataclasses.is_dataclass(a) and getattr(a, "__name__", None) == _type(value)]
-        plain = [a for a in arguments if a is not type(None)]
-        return from_json((named or plain)[0], value)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        names = {f.name for f in dataclasses.fields(kind)}
-        unknown = set(value) - names - {"type"}
-        if unknown:
-            raise ValueError(
-                f"{kind.__name__} has no field {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(names))}"
-            )
-        return kind(**{name: from_json(hints[name], value[name]) for name in names if name in value})
-    if origin is tuple:
-        return tuple(from_json(arguments[0], item) for item in value)
-    return Path(value) if kind is Path else value
 
 
 def versions() -> dict[str, str]:
@@ -212,10 +172,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _type(value: Any) -> str | None:
-    return value.get("type") if isinstance(value, dict) else None
-
-
 def _create(directory: Path, algorithm: str, config: Any) -> None:
     if (directory / CONFIG).exists() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(
@@ -223,8 +179,16 @@ def _create(directory: Path, algorithm: str, config: Any) -> None:
             "or name another (--run-dir)"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    described = {"algorithm": algorithm, "config": to_json(config), "versions": versions()}
+    described = {"algorithm": algorithm, "config": settings.to_json(config), "versions": versions()}
     _write_atomically(directory / CONFIG, json.dumps(described, indent=1))
+
+
+def _remove_empty(directory: Path) -> None:
+    """Remove a run that never took a step, and nothing that is not a run's."""
+    for path in (directory / CONFIG, *metrics.append_only(directory)):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # someone put something else there
+        directory.rmdir()
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,50 @@
+# Everything here works from a clean clone with Python 3.11+, pip, make and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test check format lint types imports docs fast bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install  ## train PPO on CartPole to solved; a report and a film to look at
+	rm -rf runs/demo
+	$(BIN)/upslope train ppo --env CartPole-v1 --run-dir runs/demo
+	$(BIN)/upslope watch runs/demo --out runs/demo/episode.gif
+	$(BIN)/upslope report runs/demo
+
+test: install  ## all tests
+	$(BIN)/pytest
+
+check: format lint types imports docs fast  ## what CI checks before the whole test suite
+
+format: install
+	$(BIN)/ruff format --check .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/mkdocs build --quiet --strict
+
+fast: install
+	$(BIN)/pytest -m "not slow"
+
+bench: install  ## speed, one pinned core; prints ratios
+	taskset -c 0 $(BIN)/python -m bench.theta
+
+clean:
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
