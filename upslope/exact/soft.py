@@ -32,7 +32,7 @@ def soft_value(q_values: Float[np.ndarray, "*batch A"], alpha: float) -> Float[n
     >>> float(soft_value(np.array([1.0, 1.0]), alpha=0.5).round(6))  # 1 + log(2)/2
     1.346574
     """
-    return alpha * logsumexp(q_values / alpha, axis=-1)
+    return np.asarray(alpha * logsumexp(q_values / alpha, axis=-1))
 
 
 def soft_improvement(q_values: Float[np.ndarray, "*batch A"], alpha: float) -> Float[np.ndarray, "*batch A"]:
