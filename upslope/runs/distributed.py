@@ -30,7 +30,7 @@ def start() -> None:
 
 
 def leave() -> None:
-    """Wait for the other ranks and part from them: what a program does last. Without it gloo's threads abort at exit."""
+    """Wait for the other ranks and part from them: the last thing a program does, else gloo's threads abort."""
     if world_size() > 1 and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
