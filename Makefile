@@ -38,7 +38,7 @@ imports: install
 	$(BIN)/lint-imports
 
 docs: install
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fast: install
 	$(BIN)/pytest -m "not slow"

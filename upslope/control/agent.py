@@ -89,6 +89,9 @@ class Agent(NamedTuple):
 
     def frames(self, seed: int = 0, max_steps: int = 10_000) -> Iterator[tuple[np.ndarray, float]]:
         """One deterministic episode as pictures [height, width, 3] with the return so far."""
+        modes = Single(self.environment)().metadata.get("render_modes", [])
+        if "rgb_array" not in modes:
+            raise ValueError(f"{self.environment.id} cannot be filmed: its render modes are {modes or 'none'}")
         env = Single(self.environment, render_mode="rgb_array")()
         observation, _ = env.reset(seed=derive(seed, "watch") % 2**31)
         total, over = 0.0, False
