@@ -526,6 +526,7 @@ def test_what_else_is_refused():
     line = {"step_rewards": ROW, "step_ends": torch.tensor([0, 1, 2])}
     refused("at least 2 axes", advantages.process_relative, **line)
     refused("at least 2 axes", baselines.time_dependent, returns_to_go=ROW, mask=None)
+    refused("at least 2 axes", baselines.minimum_variance, scores=ROW, episode_returns=torch.tensor(1.0))
     refused("values must be finite, got nan", advantages.whiten, values=X * math.nan, mask=None)
     refused("scale must be one of 'group', 'batch', 'none', got 'std'", advantages.group_relative, scale="std")
     ends = torch.tensor([[0, 1, 3], [1, 2, -1]])

@@ -105,6 +105,5 @@ def _count(x: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None) -> C
         if x.numel() == 0:
             raise ValueError(f"x must have at least one element, got shape {list(x.shape)}")
         return x.numel()
-    check.boolean(x.shape, mask=mask)
     check.some(mask)
     return mask.sum()
