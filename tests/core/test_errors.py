@@ -548,7 +548,12 @@ def test_what_else_is_refused():
     refused("at least one return", baselines.time_dependent, returns_to_go=X[:0], mask=None)
     refused("at least one return", baselines.minimum_variance, scores=X[:0], episode_returns=torch.zeros(0))
     refused("at least one sample", importance.effective_sample_size, log_weights=torch.zeros(2, 0))
-    refused("overflows", importance.trajectory, logp=400 * torch.ones(2, 3))
+    wide = {"logp": torch.ones(2, 4), "logp_behavior": torch.ones(2, 4)}
+    for f in (importance.trajectory, importance.causal, importance.simplified_causal):
+        refused("logp, logp_behavior, rewards.* must have one shape", f, **wide)
+    for f in (importance.trajectory, importance.simplified_causal):
+        refused("although rewards are: it overflows", f, logp=400 * torch.ones(2, 3))
+    refused("weights must be finite, got inf", importance.causal, logp=400 * torch.ones(2, 3))
     refused("overflows torch.float32", surrogates.ratio, logp=100 * torch.ones(2, 3))
     for f in (divergences.k3, divergences.reverse_k3):
         refused("although logp_q, logp_p are: it overflows", f, logp_p=100 * torch.ones(2, 3))

@@ -180,6 +180,7 @@ def line(x):
     ("evaluate", "options", "accepted", "backtracks"),
     [
         (line, {"delta": 1.0}, True, 0),  # at the limit: KL = delta is allowed
+        (line, {"delta": 1.0, "max_backtracks": 0}, True, 0),
         (line, {"delta": 0.999}, True, 1),
         (line, {"delta": 0.06}, True, 3),  # (1/8)^2 < 0.06 < (1/4)^2
         (line, {"delta": 0.06, "shrink": 0.2}, True, 1),
