@@ -100,7 +100,7 @@ def test_conjugate_gradient_ends_in_d_steps_and_after_the_given_number():
 def test_conjugate_gradient_refuses_what_is_not_positive_definite():
     for singular in (lambda v: -v, lambda v: 0 * v):
         with pytest.raises(ValueError, match="positive definite"):
-            trust_region.conjugate_gradient(singular, torch.ones(2))
+            trust_region.conjugate_gradient(singular, torch.ones(2), iterations=1)
     with pytest.raises(ValueError, match="positive definite"):
         trust_region.conjugate_gradient(lambda v: v * torch.nan, torch.ones(2))
 
