@@ -45,6 +45,8 @@ fast: install
 
 bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta
+	taskset -c 0 $(BIN)/python -m bench.scan
+	taskset -c 0 $(BIN)/python -m bench.tabular
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

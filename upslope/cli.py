@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,6 +127,7 @@ def watch(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from upslope.report.video import write_video
 
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory; SDL need not look for a screen
     agent = _load_agent(options.run)
     frames = (frame for frame, _ in agent.frames(options.seed, options.max_steps))
     write_video(frames, options.out, agent.frames_per_second())
@@ -161,6 +163,20 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def solve(arguments: list[str]) -> int:
+    """solve METHOD --env ID: solve a tabular problem exactly, or learn it from samples, and draw it"""
+    from upslope.exact import commands
+
+    return commands.solve(arguments)
+
+
+def lab(arguments: list[str]) -> int:
+    """lab NAME: bias and variance of estimators, exactly, as a table and a picture"""
+    from upslope.exact import commands
+
+    return commands.lab(arguments)
+
+
 def fingerprint(arguments: list[str]) -> int:
     """fingerprint RUN: one hash of all resumable state; equal hashes, equal runs"""
     directory = _parser("fingerprint", fingerprint, run=True).parse_args(arguments).run
@@ -183,6 +199,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "watch": watch,
     "compare": compare,
     "report": report,
+    "solve": solve,
+    "lab": lab,
     "fingerprint": fingerprint,
 }
 
@@ -281,6 +299,11 @@ def _load_agent(directory: Path) -> Any:
 
 
 def _say_where(directory: Path) -> None:
+    from upslope.runs import distributed
+
+    distributed.leave()
+    if distributed.rank() > 0:
+        return
     summary = json.loads((directory / "summary.json").read_text())
     console = Console(width=120)
     if summary.get("episode_return") is not None:

@@ -15,7 +15,7 @@ from upslope.control.environments import Single
 from upslope.control.networks import to_tensors
 from upslope.control.normalization import Normalizer
 from upslope.control.parameters import Net
-from upslope.runs import checkpoint
+from upslope.runs import checkpoint, distributed
 from upslope.runs.randomness import derive, generator
 from upslope.runs.run import CHECKPOINTS
 
@@ -127,5 +127,5 @@ def load(config: Any, directory: Path) -> Agent:
     net = Net(module)
     if saved.state["layout"] != net.layout.table():
         raise ValueError(f"{directory}: the checkpoint's parameters do not fit the network of its configuration")
-    normalizer = normalization.unpack(saved.tensors, observation_space, config.normalize)
+    normalizer = normalization.unpack(distributed.own("world", saved.tensors, 0), observation_space, config.normalize)
     return Agent(net, net.bind(saved.tensors["theta"]), config.environment, config.normalize, normalizer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from upslope.control.networks import Observation
 from upslope.core import statistics
 from upslope.core.statistics import Moments
-from upslope.runs import settings
+from upslope.runs import distributed, settings
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,13 @@ def observation(normalizer: Normalizer, raw: Observation, config: Config) -> Obs
 
 
 def observe(normalizer: Normalizer, raw: Observation, valid: Bool[Tensor, "N T"] | None) -> Normalizer:
-    """Add a rollout of raw observations [N, T, ...] to the statistics."""
+    """Add a rollout of raw observations [N, T, ...], of all ranks, to the statistics."""
     if not normalizer.observation:
         return normalizer
     parts = raw if isinstance(raw, dict) else {"": raw}
     rows = None if valid is None else valid.flatten()
     seen = {
-        name: statistics.observe(moments, parts[name].flatten(0, 1), rows)
-        for name, moments in normalizer.observation.items()
+        name: _observe(moments, parts[name].flatten(0, 1), rows) for name, moments in normalizer.observation.items()
     }
     return normalizer._replace(observation=seen)
 
@@ -105,10 +104,18 @@ def rewards(
         history.append(running)
         running = torch.where(ended[:, t], 0.0, running)
     rows = None if valid is None else valid.flatten()
-    discounted = statistics.observe(normalizer.discounted, torch.stack(history, 1).flatten(), rows)
+    discounted = _observe(normalizer.discounted, torch.stack(history, 1).flatten(), rows)
     scaled = raw / (discounted.variance() + 1e-8).sqrt()
     clipped = scaled.clamp(-config.reward_clip, config.reward_clip)
     return clipped, normalizer._replace(discounted=discounted, running=running)
+
+
+def _observe(seen: Moments, samples: Tensor, valid: Tensor | None) -> Moments:
+    """Merge the samples of every rank, in the order of ranks: all end with the same statistics."""
+    new = statistics.observe(statistics.moments(tuple(seen.mean.shape)), samples, valid)
+    for parts in zip(*(distributed.everyones(part) for part in new), strict=True):
+        seen = statistics.merge(seen, Moments(*parts))
+    return seen
 
 
 def pack(normalizer: Normalizer) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def update(
         norms.append(norm)
         if config.target_kl is not None:
             kl = reductions.token_mean(divergences.k3(minibatch.logp_old, part.logp.detach()), minibatch.valid)
-            if kl > 1.5 * config.target_kl:
+            if distributed.average_(kl) > 1.5 * config.target_kl:
                 break
     numbers = {"grad_norm": sum(norms) / len(norms), "gradient_steps": len(norms), "learning_rate": learning_rate}
     return theta, memory, diagnose(theta, net, batch, config) | numbers
@@ -185,7 +185,8 @@ def start(config: PPO, session: Run) -> tuple[State, Net]:
     if saved is None:
         world = rollout.begin(config.environment, config.normalize, seed, first)
     else:
-        world = rollout.unpack(saved, config.environment, config.normalize, seed, first)
+        mine = distributed.own("world", saved)
+        world = rollout.unpack(mine, config.environment, config.normalize, seed, first)
     module = networks.actor_critic(
         world.envs.observation_space, world.envs.action_space, config.network, derive(seed, "network")
     )
@@ -202,7 +203,7 @@ def pack(state: State) -> dict[str, Tensor]:
     return {
         "theta": state.theta,
         **optimizers.pack(state.optimizer),
-        **rollout.pack(state.world),
+        **distributed.collected("world", rollout.pack(state.world)),
         "iteration": torch.tensor(state.iteration),
         "step": torch.tensor(state.step),
     }

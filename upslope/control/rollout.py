@@ -11,6 +11,7 @@ from torch import Tensor
 from upslope.control import environments, normalization
 from upslope.control.networks import Head, Observation, to_tensors
 from upslope.control.parameters import Net
+from upslope.runs import distributed
 
 RECENT = 100  # finished episodes that the reported mean return covers
 
@@ -140,8 +141,9 @@ def flatten(rollout: Rollout, psi: Float[Tensor, "N T"], value_target: Float[Ten
 
 
 def count(rollout: Rollout) -> int:
-    """Environment steps in a rollout; reset rows are none."""
-    return rollout.reward.numel() if rollout.valid is None else int(rollout.valid.sum())
+    """Environment steps in a rollout, of all ranks; reset rows are none."""
+    own = torch.tensor(rollout.reward.numel()) if rollout.valid is None else rollout.valid.sum()
+    return int(distributed.total_(own))
 
 
 def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -4,7 +4,8 @@ Sources: S3 §4.1 (alg 1 value iteration, alg 2 policy iteration, eqs 4–10; it
 1994 (§6.5 modified policy iteration, §6.6 span stopping), MacQueen 1967 (action elimination).
 
 Every infinite-horizon solver returns V with ‖V − V*‖∞ ≤ tol, and `error_bound` is the bound that was proven for the
-returned V from its Bellman residual ‖TV − V‖∞, the rounding of float64 included. At γ = 1 see `upslope.exact.undiscounted`.
+returned V from its Bellman residual ‖TV − V‖∞, the rounding of float64 included. At γ = 1 see
+`upslope.exact.undiscounted`.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def value_iteration(
     Args:
         tol: bound on ‖V − V*‖∞, in units of reward.
         stop: "sup" stops by ‖V_{k+1} − V_k‖∞ γ/(1−γ) ≤ tol; "span" by (max d − min d) γ/(1−γ) ≤ 2 tol with
-            d = V_{k+1} − V_k, then adds the midrange γ/(1−γ) (max d + min d)/2 to every state: never slower, and usually
-            much faster. At γ = 1 both stop by the residual times the expected number of steps.
+            d = V_{k+1} − V_k, then adds the midrange γ/(1−γ) (max d + min d)/2 to every state: never slower, and
+            usually much faster. At γ = 1 both stop by the residual times the expected number of steps.
         eliminate: drop actions as soon as MacQueen's bounds prove them worse than another (γ < 1).
 
     Raises:
@@ -73,6 +74,7 @@ def value_iteration(
     >>> value_iteration(mdp, horizon=2).values.tolist()
     [[0.0, 0.0], [1.0, 2.0], [1.5, 3.0]]
     """
+    _one_of("stop", stop, ("sup", "span"))
     horizon = mdp.horizon if horizon is None else horizon
     if horizon is not None:
         return _finite_horizon(mdp, horizon, watch)
@@ -102,6 +104,7 @@ def modified_policy_iteration(
     [2.0, 4.0]
     """
     _no_horizon(mdp, "modified_policy_iteration")
+    _one_of("stop", stop, ("sup", "span"))
     if sweeps < 0:
         raise ValueError(f"sweeps: 0 or more, got {sweeps}")
     problem, merged = _prepare(mdp, tol)
@@ -121,7 +124,8 @@ def policy_iteration(
     Args:
         tol: bound on ‖V − V*‖∞. With exact evaluation the error is rounding alone, whatever tol.
         evaluation: "exact" solves (I − γP_π) V = r_π (dense, or sparse LU: cheap when P is sparse and structured,
-            memory- hungry for large random ones); "iterative" sweeps until the evaluation is accurate to tol/4.
+            memory- hungry for large random ones); "iterative" sweeps until the evaluation is accurate to tol/4, and
+            further if the proven bound asks for it.
 
     Raises:
         ValueError: as `modified_policy_iteration`.
@@ -132,26 +136,29 @@ def policy_iteration(
     ([2.0, 4.0], 1)
     """
     _no_horizon(mdp, "policy_iteration")
-    if evaluation not in ("exact", "iterative"):
-        raise ValueError(f'evaluation: "exact" or "iterative", got {evaluation!r}')
+    _one_of("evaluation", evaluation, ("exact", "iterative"))
     problem, merged = _prepare(mdp, tol)
     rows = merged.proper if isinstance(merged, TotalReward) else greedy_rows(problem, problem.reward)
-    values = np.zeros(len(problem.start) - 1)
+    values, accuracy = np.zeros(len(problem.start) - 1), tol / 4.0
     residuals: list[float] = []
     while len(values):
-        values = solve_rows(problem, rows) if evaluation == "exact" else _sweep_policy(problem, rows, values, tol / 4.0)
+        exact = evaluation == "exact"
+        values = solve_rows(problem, rows) if exact else _sweep_policy(problem, rows, values, accuracy)
         q = backup(problem, values)
         top = best(problem, q)
         residuals.append(float(np.abs(top - values).max()))
-        slack = rounding(problem, values) + (
-            0.0 if evaluation == "exact" else tol * (1.0 - min(mdp.gamma, 1.0 - 1e-3)) / 2.0
-        )
-        better = top > q[rows] + 4.0 * slack  # rounding must not make two equally good actions alternate for ever
+        # what rounding and an inexact evaluation may pretend must not make equally good actions alternate for ever
+        slack = 4.0 * rounding(problem, values) + (0.0 if exact else 2.0 * accuracy)
+        better = top > q[rows] + slack
         if watch is not None:
             watch(len(residuals), residuals[-1])
-        if not better.any():
+        if better.any():
+            rows = np.where(better, greedy_rows(problem, q), rows)
+            continue
+        bound = 0.0 if exact else error_bound(problem, values, q, tol)
+        if bound <= tol or accuracy <= rounding(problem, values):
             break
-        rows = np.where(better, greedy_rows(problem, q), rows)
+        accuracy *= 0.1 if np.isinf(bound) else 0.5 * tol / bound
     return _finish(mdp, problem, merged, values, rows, residuals, tol)
 
 
@@ -178,60 +185,62 @@ def _value_sweeps(
 ) -> tuple[np.ndarray, list[float]]:
     """Bellman sweeps for γ < 1; returns V and ‖V_{k+1} − V_k‖∞ of every sweep."""
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals = best(pairs, pairs.reward), []
-    next_check = np.inf
+    values, residuals, span = best(pairs, pairs.reward).copy(), list[float](), np.inf
     while True:
         q = backup(pairs, values)
         new = best(pairs, q)
-        lower, upper = _range(new - values)
+        lower, upper = _range(new, values)
         residuals.append(max(abs(lower), abs(upper)))
-        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        bound = factor * _error(lower, upper, stop)
         if watch is not None:
             watch(len(residuals), bound)
-        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+        if _proven(pairs, new, bound, tol):
             return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
-        if eliminate and pairs.width != 1 and upper - lower < next_check:
-            # V* lies in new + factor·[lower, upper]: what is further below than that range can never be best (MacQueen)
-            next_check = (upper - lower) / 4.0
-            kept = q >= np.repeat(new, np.diff(pairs.start)) - factor * (upper - lower) * (1.0 + 1e-9) - 1e-12
-            if kept.sum() < 0.8 * len(kept):
-                pairs = keep_rows(pairs, kept)
+        if eliminate and upper - lower < span:
+            pairs, span = _eliminate(pairs, q, new, factor * (upper - lower)), (upper - lower) / 4.0
         values = new
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
 
 
 def _modified_sweeps(
     pairs: Pairs, tol: float, stop: Stop, sweeps: int, watch: Watch | None
 ) -> tuple[np.ndarray, list[float]]:
     factor = pairs.gamma / (1.0 - pairs.gamma)
-    values, residuals = best(pairs, pairs.reward), []
-    previous, matrix, reward = np.array([]), pairs.matrix, pairs.reward
+    values, residuals = best(pairs, pairs.reward).copy(), list[float]()
     while True:
         q = backup(pairs, values)
         rows = greedy_rows(pairs, q)
         new = q[rows]
-        lower, upper = _range(new - values)
+        lower, upper = _range(new, values)
         residuals.append(max(abs(lower), abs(upper)))
-        bound = factor * (residuals[-1] if stop == "sup" else (upper - lower) / 2.0)
+        bound = factor * _error(lower, upper, stop)
         if watch is not None:
             watch(len(residuals), bound)
-        if bound <= tol * (1.0 - 1e-9) - _reserve(pairs, new):
+        if _proven(pairs, new, bound, tol):
             return new if stop == "sup" else new + factor * (lower + upper) / 2.0, residuals
-        if not np.array_equal(rows, previous):
-            previous, matrix, reward = rows, pairs.matrix[rows], pairs.reward[rows]
-        enough = 0.01 * bound  # while the policy still changes, evaluating it further is wasted
+        matrix, reward = pairs.matrix[rows], pairs.reward[rows]
+        pairs = _eliminate(pairs, q, new, factor * (upper - lower))
+        enough = max(0.01 * bound, 0.5 * tol)  # while the policy still changes, evaluating it further is wasted
         values = new
         for _ in range(sweeps):
             new = matrix @ values
             new *= pairs.gamma
             new += reward
-            lower, upper = _range(new - values)
+            lower, upper = _range(new, values)
             values = new
-            if factor * (max(abs(lower), abs(upper)) if stop == "sup" else (upper - lower) / 2.0) <= max(
-                enough, tol / 2.0
-            ):
+            if factor * _error(lower, upper, stop) <= enough:
                 break
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
+
+
+def _eliminate(pairs: Pairs, q: np.ndarray, new: np.ndarray, reach: float) -> Pairs:
+    """Drops actions that cannot be optimal: V* lies in TV + γ/(1−γ)·[min d, max d], a range of width `reach`, so what
+    is further than that below the best is never best (MacQueen 1967). Only when that shortens a sweep noticeably."""
+    if pairs.width == 1 or reach > float(new.max() - q.min()):
+        return pairs
+    kept = q >= np.repeat(new - (reach * (1.0 + 1e-9) + 4.0 * rounding(pairs, new)), np.diff(pairs.start))
+    count = int(np.count_nonzero(kept))
+    return keep_rows(pairs, kept) if count < 0.95 * len(kept) or count == len(new) else pairs
 
 
 def _total_reward_sweeps(
@@ -253,7 +262,7 @@ def _total_reward_sweeps(
             target = residuals[-1] * (0.5 * tol / bound if np.isfinite(bound) else 0.1)
         if watch is not None:
             watch(len(residuals), bound)
-        _give_up(len(residuals), residuals, pairs, values, tol)
+        _give_up(residuals, pairs, values, tol)
         values = new
         if sweeps:
             matrix, reward = pairs.matrix[rows], pairs.reward[rows]
@@ -279,6 +288,11 @@ def _sweep_policy(pairs: Pairs, rows: np.ndarray, values: np.ndarray, tol: float
 
 
 # ---- before and after ------------------------------------------------------------------------------------------------
+
+
+def _one_of(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name}: one of {', '.join(allowed)}, got {given!r}")
 
 
 def _prepare(mdp: MDP, tol: float) -> tuple[Pairs, TotalReward | None]:
@@ -317,20 +331,25 @@ def _finish(
     return Solution(values, policy, q_values, len(residuals), residual, bound, np.array(residuals))
 
 
-def _range(change: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    return float(change.min()), float(change.max())
+def _range(new: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """(min, max) of new − values; `values` is overwritten."""
+    np.subtract(new, values, out=values)
+    return float(values.min()), float(values.max())
 
 
-def _reserve(pairs: Pairs, values: np.ndarray) -> float:
-    """The part of the error that rounding may add: kept back from tol, so that the final bound holds too."""
-    return 2.0 * rounding(pairs, values) / (1.0 - pairs.gamma)
+def _error(lower: float, upper: float, stop: Stop) -> float:
+    return max(abs(lower), abs(upper)) if stop == "sup" else (upper - lower) / 2.0
 
 
-def _give_up(iterations: int, residuals: list[float], pairs: Pairs, values: np.ndarray, tol: float) -> None:
-    stuck = residuals[-1] <= rounding(pairs, values) / 8.0 or iterations >= MAX_SWEEPS
-    if stuck or not np.isfinite(residuals[-1]):
+def _proven(pairs: Pairs, values: np.ndarray, bound: float, tol: float) -> bool:
+    """Whether the bound is below tol by more than what rounding may add to it."""
+    return bound <= tol and bound * (1.0 + 1e-9) + 2.0 * rounding(pairs, values) / (1.0 - pairs.gamma) <= tol
+
+
+def _give_up(residuals: list[float], pairs: Pairs, values: np.ndarray, tol: float) -> None:
+    if len(residuals) % 64 == 0 and (residuals[-1] <= rounding(pairs, values) / 8.0 or len(residuals) >= MAX_SWEEPS):
         raise ValueError(
-            f"tol: {tol:g} was not reached after {iterations} sweeps (residual {residuals[-1]:.3g}); "
+            f"tol: {tol:g} was not reached after {len(residuals)} sweeps (residual {residuals[-1]:.3g}); "
             "float64 cannot guarantee it here"
         )
 
@@ -338,6 +357,6 @@ def _give_up(iterations: int, residuals: list[float], pairs: Pairs, values: np.n
 def _no_horizon(mdp: MDP, name: str) -> None:
     if mdp.horizon is not None:
         raise ValueError(
-            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best policy depends on "
-            "the time left; use value_iteration, or mdp.replace(horizon=None)"
+            f"horizon: {name} looks for one policy for all time, but with horizon={mdp.horizon} the best one depends "
+            "on the time left; use value_iteration, or mdp.replace(horizon=None)"
         )

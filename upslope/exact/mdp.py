@@ -27,6 +27,7 @@ class MDP:
         gamma: discount in [0, 1]. At 1 the solvers decide whether total reward is well defined, and say why not.
         initial: ρ₀(s) as [S]. None means uniform over the states that are not terminal.
         horizon: number of actions in an episode (a part of the problem: beyond it nothing counts), None for unlimited.
+        reward_std: standard deviation [S, A] of Gaussian noise on the reward when it is sampled; values do not change.
         state_names, action_names: what to call them in messages and pictures.
         shape: (rows, columns) in which the first rows·columns states are drawn.
 
@@ -49,6 +50,7 @@ class MDP:
     gamma: float
     initial: Float[np.ndarray, " S"] | None = None
     horizon: int | None = None
+    reward_std: Float[np.ndarray, "S A"] | None = None
     state_names: tuple[str, ...] | None = None
     action_names: tuple[str, ...] | None = None
     shape: tuple[int, int] | None = None
@@ -81,6 +83,13 @@ class MDP:
         if self.horizon is not None and (self.horizon != int(self.horizon) or self.horizon < 1):
             raise ValueError(f"horizon: a positive number of actions or None, got {self.horizon}")
         self._set("initial", self._checked_initial())
+        if self.reward_std is not None:
+            noise = _array(self.reward_std, "reward_std")
+            if noise.shape != (states, actions) or not np.isfinite(noise).all() or noise.min() < 0.0:
+                raise ValueError(
+                    f"reward_std: finite and not negative, [S, A] = {(states, actions)}, got {noise.shape}"
+                )
+            self._set("reward_std", noise)
         for name, size in (("state_names", states), ("action_names", actions)):
             given = getattr(self, name)
             if given is not None and len(given) != size:
@@ -136,7 +145,8 @@ class MDP:
         """States that every action leaves unchanged, with reward 0."""
         diagonal = self.matrix[np.arange(self.num_states * self.num_actions), self._own_state]
         stays = np.asarray(diagonal).reshape(self.num_states, -1) >= 1.0 - ROW_SUM_TOLERANCE
-        return (stays & (self.expected_reward == 0.0)).all(axis=1)
+        silent = self.expected_reward == 0.0 if self.reward_std is None else (self.reward_std == 0.0)
+        return (stays & silent & (self.expected_reward == 0.0)).all(axis=1)
 
     def replace(self, **changes: Any) -> MDP:
         """The same problem with some fields changed (γ, horizon, initial…), checked again."""

@@ -73,8 +73,14 @@ def best(pairs: Pairs, q: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " n"]
 
 def greedy_rows(pairs: Pairs, q: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " n"]:
     """Row of the first maximising action of each state."""
-    if pairs.width:
-        return pairs.start[:-1] + q.reshape(-1, pairs.width).argmax(axis=1)
+    if 1 <= pairs.width <= 16:
+        table, top = q.reshape(-1, pairs.width), best(pairs, q)
+        rows = pairs.start[:-1].copy()
+        missed = np.ones(len(rows), bool)
+        for action in range(pairs.width - 1):
+            missed &= table[:, action] != top
+            rows += missed
+        return rows
     top = q == np.repeat(best(pairs, q), np.diff(pairs.start))
     return np.minimum.reduceat(np.where(top, np.arange(len(q)), len(q)), pairs.start[:-1])
 
@@ -92,7 +98,7 @@ def solve(matrix: sp.csr_array, reward: Float[np.ndarray, " n"], gamma: float) -
     return np.asarray(sp.linalg.spsolve(sp.csc_array(sp.eye_array(n, format="csc") - gamma * matrix.tocsc()), reward))
 
 
-def rounding(pairs: Pairs, values: Float[np.ndarray, " n"]) -> float:
+def rounding(pairs: Pairs, values: Float[np.ndarray, "*stages n"]) -> float:
     """How far a computed backup can be from the exact one in float64: (terms + 3) · ε · (max|r| + max|V|)."""
     terms = int(np.diff(pairs.matrix.indptr).max(initial=0)) + 3
     scale = float(np.abs(values).max(initial=0.0)) + float(np.abs(pairs.reward).max(initial=0.0))

@@ -97,13 +97,16 @@ def from_gymnasium(env: str | gymnasium.Env, gamma: float = 1.0, horizon: int | 
             FrozenLake-v1 is cut at 100 steps, and whether the cut belongs to the problem is the caller's decision.
 
     Raises:
-        ValueError: the environment carries no table.
+        ValueError: no such environment or option, or the environment carries no table.
 
     >>> lake = from_gymnasium("FrozenLake-v1", gamma=0.99)
     >>> lake.num_states, lake.num_actions, int(lake.terminal.sum())
     (16, 4, 5)
     """
-    made = gymnasium.make(env, **options) if isinstance(env, str) else env
+    try:
+        made = gymnasium.make(env, **options) if isinstance(env, str) else env
+    except (gymnasium.error.Error, TypeError, KeyError) as wrong:
+        raise ValueError(f"env: {wrong}") from None
     inner: Any = made.unwrapped
     name = made.spec.id if made.spec is not None else type(inner).__name__
     if not hasattr(inner, "P"):

@@ -187,8 +187,8 @@ def _refuse_endless(mdp: MDP, pairs: Pairs, first: Int[np.ndarray, " n"]) -> Non
         name = mdp.state_name(int(first[owner[rows[0]]]))
         what = "infinite" if lower > 0.0 else "not defined (rewards of both signs cancel for ever)"
         raise ValueError(
-            f"gamma: 1 is refused: from state {name} a policy can go on for ever without losing, so the total reward is "
-            f"{what}; use gamma < 1 or a horizon"
+            f"gamma: 1 is refused: from state {name} a policy can go on for ever without losing, so the total reward "
+            f"is {what}; use gamma < 1 or a horizon"
         )
 
 
@@ -220,14 +220,14 @@ def _proper_policy(mdp: MDP, pairs: Pairs, first: Int[np.ndarray, " n"]) -> Int[
             forward = allowed & (rows[owner] < 0) & (ends | (pairs.matrix @ reached > 0.0))
             if not forward.any():
                 break
-            rows[owner[forward]] = np.flatnonzero(forward)
+            rows[owner[forward][::-1]] = np.flatnonzero(forward)[::-1]  # the first such action of each state
         if (rows[safe] >= 0).all():
             break
         safe = rows >= 0
     if not safe.all():
         name = mdp.state_name(int(first[np.flatnonzero(~safe)[0]]))
         raise ValueError(
-            f"gamma: 1 is refused: from state {name} no policy ends with probability one and going on costs for ever, so "
-            "V* = −∞ there; use gamma < 1 or a horizon"
+            f"gamma: 1 is refused: from state {name} no policy ends with probability one and going on costs for ever, "
+            "so V* = −∞ there; use gamma < 1 or a horizon"
         )
     return rows

@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.runs import checkpoint, metrics, progress, settings
+from upslope.runs import checkpoint, distributed, metrics, progress, settings
 from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Run:
             ValueError: the directory holds a run already.
         """
         self.config: Config = config.run
-        self.directory = None if self.config.run_dir is None else Path(self.config.run_dir)
+        named = self.config.run_dir if distributed.rank() == 0 else None  # one rank writes for all
+        self.directory = None if named is None else Path(named)
         torch.set_num_threads(self.config.threads)
         self.restored: Checkpoint | None = None
         if self.directory is not None:
@@ -68,8 +69,9 @@ class Run:
     def resume(cls, directory: Path, algorithm: str, config: Any, total_steps: int) -> Self:
         """Take up a run where its newest valid checkpoint left it; `restored` holds that checkpoint."""
         run = cls.__new__(cls)
-        run.config, run.directory = config.run, directory
-        checkpoint.clean(directory / CHECKPOINTS)
+        run.config, run.directory = config.run, directory if distributed.rank() == 0 else None
+        if run.directory is not None:
+            checkpoint.clean(directory / CHECKPOINTS)
         run.restored = checkpoint.newest(directory / CHECKPOINTS)
         torch.set_num_threads(run.restored.state["threads"] if run.restored else config.run.threads)
         run._open(algorithm, total_steps)
@@ -84,7 +86,7 @@ class Run:
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
-        self.display = progress.Display(algorithm, total_steps, start, self.config.quiet)
+        self.display = progress.Display(algorithm, total_steps, start, self.config.quiet or distributed.rank() > 0)
 
     def __enter__(self) -> Self:
         self.display.__enter__()
@@ -116,7 +118,9 @@ class Run:
 
     def due(self) -> bool:
         """Is it time for a checkpoint?"""
-        return self.directory is not None and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
+        if self.config.run_dir is None:
+            return False
+        return distributed.agreed(time.monotonic() - self._saved_at >= self.config.checkpoint_seconds)
 
     def save(self, step: int, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
         """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it.
