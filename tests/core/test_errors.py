@@ -622,3 +622,6 @@ def test_clip_of_mixed_bounds():
     x = torch.tensor([-2.0, 0.5, 3.0])
     for low, high in ((0, 1), (0.0, torch.tensor(1.0)), (torch.tensor(0), 1.0), (torch.tensor(0.0), torch.tensor(1.0))):
         assert _checks.clip(x, low, high).tolist() == [0.0, 0.5, 1.0]
+    double = _checks.clip(x.double(), 0.1, torch.tensor(1.1, dtype=torch.float64))
+    assert double.tolist() == [0.1, 0.5, 1.1]
+    assert _checks.clip(x, 0.1, torch.tensor(1.1, dtype=torch.float64)).dtype == torch.float32
