@@ -548,6 +548,8 @@ def test_what_else_is_refused():
     refused("at least one return", baselines.time_dependent, returns_to_go=X[:0], mask=None)
     refused("at least one return", baselines.minimum_variance, scores=X[:0], episode_returns=torch.zeros(0))
     refused("at least one sample", importance.effective_sample_size, log_weights=torch.zeros(2, 0))
+    names = "rewards, next_values, discounts, continues must have one shape"
+    refused(names, returns.return_to_go, continues=X[:, :2])
     wide = {"logp": torch.ones(2, 4), "logp_behavior": torch.ones(2, 4)}
     for f in (importance.trajectory, importance.causal, importance.simplified_causal):
         refused("logp, logp_behavior, rewards.* must have one shape", f, **wide)
