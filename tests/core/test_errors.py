@@ -523,6 +523,11 @@ def refused(match, f, **changes):
 def test_what_else_is_refused():
     refused("groups of at least 2", advantages.group_relative, rewards=X[:, :1])
     refused("groups of at least 2", advantages.leave_one_out, rewards=X[:, :1])
+    line = {"step_rewards": ROW, "step_ends": torch.tensor([0, 1, 2])}
+    refused("at least 2 axes", advantages.process_relative, **line)
+    refused("at least 2 axes", baselines.time_dependent, returns_to_go=ROW, mask=None)
+    refused("at least 2 axes", baselines.minimum_variance, scores=ROW, episode_returns=torch.tensor(1.0))
+    refused("values must be finite, got nan", advantages.whiten, values=X * math.nan, mask=None)
     refused("scale must be one of 'group', 'batch', 'none', got 'std'", advantages.group_relative, scale="std")
     ends = torch.tensor([[0, 1, 3], [1, 2, -1]])
     refused(r"step_ends must be in \[-1, 3\), got -1 to 3", advantages.process_relative, length=3)
@@ -543,9 +548,17 @@ def test_what_else_is_refused():
     refused("at least one return", baselines.time_dependent, returns_to_go=X[:0], mask=None)
     refused("at least one return", baselines.minimum_variance, scores=X[:0], episode_returns=torch.zeros(0))
     refused("at least one sample", importance.effective_sample_size, log_weights=torch.zeros(2, 0))
-    refused("overflows", importance.trajectory, logp=400 * torch.ones(2, 3))
+    names = "rewards, next_values, discounts, continues must have one shape"
+    refused(names, returns.return_to_go, continues=X[:, :2])
+    wide = {"logp": torch.ones(2, 4), "logp_behavior": torch.ones(2, 4)}
+    for f in (importance.trajectory, importance.causal, importance.simplified_causal):
+        refused("logp, logp_behavior, rewards.* must have one shape", f, **wide)
+    for f in (importance.trajectory, importance.simplified_causal):
+        refused("although rewards are: it overflows", f, logp=400 * torch.ones(2, 3))
+    refused("weights must be finite, got inf", importance.causal, logp=400 * torch.ones(2, 3))
     refused("overflows torch.float32", surrogates.ratio, logp=100 * torch.ones(2, 3))
-    refused("overflows", divergences.k3, logp_p=100 * torch.ones(2, 3))
+    for f in (divergences.k3, divergences.reverse_k3):
+        refused("although logp_q, logp_p are: it overflows", f, logp_p=100 * torch.ones(2, 3))
     refused("clip_dual must be above 1", surrogates.dual_clip, clip_dual=1.0)
     refused("at least 2 completions", preferences.ranking, rewards=X[:, :1])
     refused("at least one reward", preferences.centred, reference_rewards=torch.zeros(0))
@@ -561,6 +574,10 @@ def test_what_else_is_refused():
     refused(r"shrink must be in \(0, 1\), got 1", trust_region.line_search, shrink=1.0)
     refused("n must be a whole number of at least 1, got 1.5", returns.n_step_return, n=1.5)
     refused("x must have 3 inputs", exploration.noisy_linear, x=torch.ones(2, 2))
+    wide = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4)}
+    refused("weight, weight_scale, weight_noise must have one shape", exploration.noisy_linear, **wide)
+    refused("at least 2 axes", kronecker.factors, x=ROW)
+    refused("at least 2 axes", kronecker.factors, g=ROW)
     refused("same samples", kronecker.factors, g=X[:1])
     refused("same samples, at least one", kronecker.factors, x=X[:0], g=X[:0])
     refused(r"gradient must have shape \[3, 3\]", kronecker.precondition, gradient=torch.ones(3, 2))
@@ -607,3 +624,6 @@ def test_clip_of_mixed_bounds():
     x = torch.tensor([-2.0, 0.5, 3.0])
     for low, high in ((0, 1), (0.0, torch.tensor(1.0)), (torch.tensor(0), 1.0), (torch.tensor(0.0), torch.tensor(1.0))):
         assert _checks.clip(x, low, high).tolist() == [0.0, 0.5, 1.0]
+    double = _checks.clip(x.double(), 0.1, torch.tensor(1.1, dtype=torch.float64))
+    assert double.tolist() == [0.1, 0.5, 1.1]
+    assert _checks.clip(x, 0.1, torch.tensor(1.1, dtype=torch.float64)).dtype == torch.float32

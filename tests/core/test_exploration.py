@@ -33,13 +33,13 @@ def test_robbins_monro():
 
 
 def test_epsilon_greedy():
-    q = torch.tensor([[0.0, 2.0, 1.0]] * 4)
+    q = torch.tensor([[0.0, 2.0, 1.0]] * 3 + [[0.0, -1.0, 5.0]])
     uniform = torch.tensor([0.0, 0.299, 0.3, 0.9])
     drawn = torch.tensor([2, 0, 2, 0])
-    assert exploration.epsilon_greedy(q, 0.3, uniform, drawn).tolist() == [2, 0, 1, 1]
-    assert exploration.epsilon_greedy(q, 0, uniform, drawn).tolist() == [1, 1, 1, 1]
+    assert exploration.epsilon_greedy(q, 0.3, uniform, drawn).tolist() == [2, 0, 1, 2]
+    assert exploration.epsilon_greedy(q, 0, uniform, drawn).tolist() == [1, 1, 1, 2]
     assert exploration.epsilon_greedy(q, 1, uniform, drawn).tolist() == drawn.tolist()
-    assert exploration.epsilon_greedy(q, torch.tensor(0.3), uniform, drawn).tolist() == [2, 0, 1, 1]
+    assert exploration.epsilon_greedy(q, torch.tensor(0.3), uniform, drawn).tolist() == [2, 0, 1, 2]
 
 
 def test_noisy_linear():

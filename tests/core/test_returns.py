@@ -62,6 +62,9 @@ def test_two_step_return_in_a_longer_episode():
     whole = returns.return_to_go(rewards, next_values, discounts, continues)
     for n in (4, 5, 1000):
         assert returns.n_step_return(rewards, next_values, discounts, continues, n).tolist() == whole.tolist()
+    values = torch.tensor([1.0, -2.0, 3.0, 5.0], dtype=torch.float64)
+    k_step = advantages.k_step(rewards, values, next_values, discounts, continues, 2)
+    assert k_step.tolist() == [7 - 1, 11.5 + 2, 18 - 3, 28 - 5]
 
 
 ROWS = st.integers(1, 40).flatmap(

@@ -100,7 +100,7 @@ def test_conjugate_gradient_ends_in_d_steps_and_after_the_given_number():
 def test_conjugate_gradient_refuses_what_is_not_positive_definite():
     for singular in (lambda v: -v, lambda v: 0 * v):
         with pytest.raises(ValueError, match="positive definite"):
-            trust_region.conjugate_gradient(singular, torch.ones(2))
+            trust_region.conjugate_gradient(singular, torch.ones(2), iterations=1)
     with pytest.raises(ValueError, match="positive definite"):
         trust_region.conjugate_gradient(lambda v: v * torch.nan, torch.ones(2))
 
@@ -180,6 +180,7 @@ def line(x):
     ("evaluate", "options", "accepted", "backtracks"),
     [
         (line, {"delta": 1.0}, True, 0),  # at the limit: KL = delta is allowed
+        (line, {"delta": 1.0, "max_backtracks": 0}, True, 0),
         (line, {"delta": 0.999}, True, 1),
         (line, {"delta": 0.06}, True, 3),  # (1/8)^2 < 0.06 < (1/4)^2
         (line, {"delta": 0.06, "shrink": 0.2}, True, 1),

@@ -279,7 +279,7 @@ def whiten(
     >>> whiten(torch.tensor([5.0, 6.0, 7.0, 99.0]), torch.tensor([True, True, True, False]))
     tensor([-1.,  0.,  1.,  0.])
     """
-    check.floats(axes=0, values=values)
+    check.floats(values=values)
     check.within(0, math.inf, eps=eps)
     if mask is None:
         count = values.numel()

@@ -101,7 +101,7 @@ def noisy_linear(
     >>> noisy_linear(one, 2 * one, 0.5 * one, one[0], 0 * one[0], one, one[0])
     tensor([[3.5000]])
     """
-    check.floats(2, weight=weight, weight_scale=weight_scale, weight_noise=weight_noise)
+    check.floats(weight=weight, weight_scale=weight_scale, weight_noise=weight_noise)
     check.beneath(weight=weight, bias=bias, bias_scale=bias_scale, bias_noise=bias_noise)
     check.floats(x=x)
     if x.shape[-1] != weight.shape[-1]:

@@ -93,7 +93,7 @@ def simplified_causal(
     >>> simplified_causal(torch.tensor([2.0, 3.0]).log(), zero, one, one, one)  # 2 (1 + 1), 6 * 1
     tensor([4., 6.])
     """
-    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards, discounts=discounts, continues=continues)
+    check.floats(logp=logp, logp_behavior=logp_behavior, rewards=rewards)
     log_weights = _log_weights(logp, logp_behavior)
     to_go = return_to_go(rewards, torch.zeros_like(rewards), discounts, continues)
     psi = _log_products(log_weights, continues).exp() * to_go

@@ -53,14 +53,14 @@ def sequence_mean(
     check.floats(x=x)
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
-    check.boolean(x.shape, mask=mask)
+    kept = _kept(x, mask)
     lengths = mask.sum(-1)
     if total is None:
         check.some(mask)
         total = (lengths > 0).sum()
     else:
         check.positive(total=total)
-    reduced = (_kept(x, mask).sum(-1) / lengths.clamp(min=1)).sum() / total
+    reduced = (kept.sum(-1) / lengths.clamp(min=1)).sum() / total
     check.finite(reduced, x=x)
     return reduced
 
@@ -105,6 +105,5 @@ def _count(x: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"] | None) -> C
         if x.numel() == 0:
             raise ValueError(f"x must have at least one element, got shape {list(x.shape)}")
         return x.numel()
-    check.boolean(x.shape, mask=mask)
     check.some(mask)
     return mask.sum()

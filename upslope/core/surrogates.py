@@ -166,7 +166,7 @@ def decoupled(
     tensor([2., 2.])
     """
     check.positive(cap=cap)
-    check.floats(0, logp=logp, logp_old=logp_old, logp_behavior=logp_behavior, psi=psi)
+    check.floats(0, logp_old=logp_old, logp_behavior=logp_behavior)
     change = (logp_old - logp_behavior).detach()
     check.finite(change, logp_old=logp_old, logp_behavior=logp_behavior)
     return check.clip(change.exp(), 0.0, cap) * clipped_ratio(logp, logp_old, psi, clip_low, clip_high)

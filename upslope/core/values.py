@@ -136,7 +136,7 @@ def double_q_target(
     tensor([4.])
     """
     check.floats(next_q_online=next_q_online, next_q_target=next_q_target)
-    check.beneath(next_q_online=next_q_online, rewards=rewards, discounts=discounts)
+    check.beneath(next_q_online=next_q_online, discounts=discounts)
     ended = (discounts == 0).unsqueeze(-1)
     online, judge = next_q_online.masked_fill(ended, 0.0), next_q_target.masked_fill(ended, 0.0)
     check.finite(online + judge, next_q_online=online, next_q_target=judge)
@@ -197,7 +197,7 @@ def soft_target(
     >>> soft_target(one, 3 * one, 2 * one, -one, 0.5, 0.5 * one)
     tensor([2.2500])
     """
-    check.floats(0, rewards=rewards, next_q1=next_q1, next_q2=next_q2, next_logp=next_logp, discounts=discounts)
+    check.floats(0, next_q1=next_q1, next_q2=next_q2, next_logp=next_logp, discounts=discounts)
     ended = discounts == 0
     q1, q2, logp = (x.masked_fill(ended, 0.0) for x in (next_q1, next_q2, next_logp))
     following = soft_value(q1, q2, logp, alpha)
@@ -236,7 +236,7 @@ def soft_q_target(
     >>> soft_q_target(torch.ones(1), torch.zeros(1, 2), 2.0, torch.tensor([0.5]))
     tensor([1.6931])
     """
-    check.beneath(next_q=next_q, rewards=rewards, discounts=discounts)
+    check.beneath(next_q=next_q, discounts=discounts)
     following = softmax_value(next_q.masked_fill((discounts == 0).unsqueeze(-1), 0.0), alpha)
     return td_target(rewards, following, discounts)
 
