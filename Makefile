@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format lint types imports docs fast bench clean
+.PHONY: install demo test check format lint types imports docs fast bench mutation clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,11 @@ bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta
 	taskset -c 0 $(BIN)/python -m bench.scan
 	taskset -c 0 $(BIN)/python -m bench.tabular
+
+mutation: install  ## mutants of the formulas that the tests let live (about 15 minutes); see docs/mutation.md
+	rm -rf build/mutation && git clone --quiet . build/mutation
+	cd build/mutation && JAXTYPING_DISABLE=1 $(CURDIR)/$(BIN)/mutmut run --max-children 1
+	cd build/mutation && $(CURDIR)/$(BIN)/mutmut results
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
