@@ -93,10 +93,10 @@ PPO_PRESETS: dict[str, PPO] = {
         _SB3,
         environment=environments.Config("MountainCarContinuous-v0", 4),
         normalize=NORMALIZED,
-        network=networks.Config(orthogonal=False, log_std=-1.5, state_dependent_noise=True),
+        network=networks.Config(orthogonal=False, log_std=-1.0, state_dependent_noise=True),
         total_steps=60_000,
         rollout_length=128,
-        noise_interval=16,
+        noise_interval=32,
         anneal_learning_rate=True,
     ),
     "Pendulum-v1": replace(
