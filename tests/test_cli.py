@@ -347,3 +347,17 @@ def test_paths_are_printed_whole(capsys: pytest.CaptureFixture[str], trained: Pa
     out = tmp_path / ("a-long-name-" * 12) / "page.html"
     out.parent.mkdir()
     assert str(out) in done(capsys, "report", trained, "--out", out)
+
+
+def test_a_run_directory_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    """A module that a run's settings name is imported only when the user names it too."""
+    (tmp_path / "planted.py").write_text("raise SystemExit('planted code ran')")
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    described = json.loads((run / "config.json").read_text())
+    described["config"]["environment"]["id"] = "planted:X-v0"
+    (run / "config.json").write_text(json.dumps(described))
+    (run / "summary.json").unlink()
+    for name, *more in (("resume",), ("eval",), ("watch", "--out", str(tmp_path / "x.gif"))):
+        assert "say so yourself with --env planted:X-v0" in refused(capsys, name, run, *more)
+    done(capsys, "compare", run, "--out", tmp_path / "x.png")

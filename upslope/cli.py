@@ -58,7 +58,8 @@ def methods(arguments: list[str]) -> int:
         sys.stdout.write(json.dumps([row._asdict() for row in METHODS], ensure_ascii=False) + "\n")
         return 0
     columns = ("name", "psi", "surrogate", "constraint", "data", "gradient", "equation")
-    table = Table(*columns, title="∇J = E[ Σ Ψ ∇log π ]: a method is a choice of", row_styles=("", "dim"))
+    title = f"∇J = E[ Σ Ψ ∇log π ]: a method is a choice of these. Trained by this version: {', '.join(ALGORITHMS)}"
+    table = Table(*columns, title=title, row_styles=("", "dim"))
     for row in METHODS:
         table.add_row(*(escape(getattr(row, column)) for column in columns))
     console = Console()
@@ -86,10 +87,11 @@ def train(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """resume RUN: go on with a run that was killed, exactly where its last checkpoint left it"""
-    directory = _parser("resume", resume, run=True).parse_args(arguments).run
+    options = _with_env(_parser("resume", resume, run=True)).parse_args(arguments)
     from upslope.runs.run import SUMMARY, Run
 
-    algorithm, module, config = _read_run(directory)
+    directory = options.run
+    algorithm, module, config = _read_run(options)
     if (directory / SUMMARY).exists():
         logging.getLogger(__name__).info("%s is complete", directory)
         return 0
@@ -100,13 +102,13 @@ def resume(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """eval RUN [--episodes N] [--json]: play whole episodes with the trained policy"""
-    parser = _parser("eval", evaluate, run=True)
+    parser = _with_env(_parser("eval", evaluate, run=True))
     parser.add_argument("--episodes", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes (default 0)")
     parser.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the policy's mode")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    agent = _load_agent(options.run)
+    agent = _load_agent(options)
     result = agent.evaluate(options.episodes, options.seed, not options.stochastic).summary()
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
@@ -120,7 +122,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def watch(arguments: list[str]) -> int:
     """watch RUN --out FILE.gif|FILE.mp4: film one episode"""
-    parser = _parser("watch", watch, run=True)
+    parser = _with_env(_parser("watch", watch, run=True))
     parser.add_argument("--out", type=Path, required=True, help="FILE.gif or FILE.mp4")
     parser.add_argument("--seed", type=int, default=0, help="of the episode (default 0)")
     parser.add_argument("--max-steps", type=int, default=2000, help="of the episode (default 2000)")
@@ -128,7 +130,7 @@ def watch(arguments: list[str]) -> int:
     from upslope.report.video import write_video
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory; SDL need not look for a screen
-    agent = _load_agent(options.run)
+    agent = _load_agent(options)
     frames = (frame for frame, _ in agent.frames(options.seed, options.max_steps))
     write_video(frames, options.out, agent.frames_per_second())
     Console().print(f"film: {options.out}", highlight=False, soft_wrap=True)
@@ -144,7 +146,8 @@ def compare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from upslope.report import plots
 
-    outcomes = plots.compare(options.runs, options.out, options.metric, thresholds=_thresholds(options.runs))
+    thresholds = _thresholds(options.runs) if options.metric == "episode_return" else {}
+    outcomes = plots.compare(options.runs, options.out, options.metric, thresholds=thresholds)
     Console(width=120).print(plots.table(outcomes), highlight=False)
     Console().print(f"picture: {options.out}", highlight=False, soft_wrap=True)
     return 0
@@ -206,13 +209,17 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _thresholds(runs: Sequence[Path]) -> dict[str, float]:
-    """The return at which Gymnasium calls each environment solved, where it says so."""
-    from upslope.control.environments import register
-    from upslope.runs.run import read_config
+    """The return at which Gymnasium calls each environment solved, where it knows the environment and says so."""
+    import gymnasium
 
-    ids = {read_config(run)["config"]["environment"]["id"] for run in runs}
-    found = {environment_id: register(environment_id).reward_threshold for environment_id in ids}
-    return {environment_id: float(value) for environment_id, value in found.items() if value is not None}
+    from upslope.report.records import read_run
+
+    found = {}
+    for environment_id in {read_run(run).environment for run in runs}:
+        spec = gymnasium.registry.get(environment_id)  # looked up, never imported
+        if spec is not None and spec.reward_threshold is not None:
+            found[environment_id] = float(spec.reward_threshold)
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,6 +236,13 @@ def _parser(name: str, command: Callable[..., int], run: bool = False) -> argpar
     parser = _Parser(prog=f"upslope {name}", description=command.__doc__, allow_abbrev=False)
     if run:
         parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    return parser
+
+
+def _with_env(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "--env", help="the run's environment again, where its id names a module whose code is to be run"
+    )
     return parser
 
 
@@ -251,23 +265,18 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     from upslope.control import environments, presets
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env", "--environment.id", dest="env", default=None)
+    early.add_argument("--env", "--environment.id", dest="env", default=kind().environment.id)
     early.add_argument("--preset", action=argparse.BooleanOptionalAction, default=True)
     known, rest = early.parse_known_args(arguments)
-    default = kind()
-    if known.env is not None:
-        if known.env.startswith("upslope/"):  # a problem of the zoo
-            known.env = f"upslope.exact.registration:{known.env}"
-        if "envpool" not in rest:
-            environments.register(known.env)  # an unknown id is said before anything else
-        preset = getattr(presets, algorithm.replace("-", "_"))(known.env) if known.preset else None
-        if preset is not None:
-            default = preset
-            note = " (not trained to convergence here)" if known.env in presets.NOT_TRAINED_TO_CONVERGENCE else ""
-            logging.getLogger(__name__).info(
-                "settings: the preset for %s%s; --no-preset for the defaults", known.env, note
-            )
-        rest = ["--env", known.env, *rest]
+    if known.env.startswith("upslope/"):  # a problem of the zoo
+        known.env = f"upslope.exact.registration:{known.env}"
+    if not any("envpool" in word for word in rest):
+        environments.register(known.env)  # an unknown id is said before anything else
+    preset = getattr(presets, algorithm.replace("-", "_"))(known.env) if known.preset else None
+    if preset is not None:
+        note = " (not trained to convergence here)" if known.env in presets.NOT_TRAINED_TO_CONVERGENCE else ""
+        logging.getLogger(__name__).info("settings: the preset for %s%s; --no-preset for the defaults", known.env, note)
+    default, rest = preset or kind(), ["--env", known.env, *rest]
     config = tyro.cli(
         kind, args=rest, default=default, prog=f"upslope train {algorithm}", config=(tyro.conf.AvoidSubcommands,),
         description=sys.modules[kind.__module__].__doc__,
@@ -280,24 +289,32 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     return config
 
 
-def _read_run(directory: Path) -> tuple[str, Any, Any]:
+def _read_run(options: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Algorithm, its module and the settings of a run. What a run directory says is data: it imports nothing."""
     from upslope.runs.run import read_config
     from upslope.runs.settings import from_json
 
+    directory = options.run
     described = read_config(directory)
     algorithm = described["algorithm"]
     module, kind = _algorithm(algorithm)
     import dataclasses
 
     config = from_json(kind, described["config"])
+    module_of_id = config.environment.id.rpartition(":")[0]
+    if module_of_id and not module_of_id.startswith("upslope.") and options.env != config.environment.id:
+        raise ValueError(
+            f"{directory} names the environment {config.environment.id!r}, which would run code of the module "
+            f"{module_of_id!r}: say so yourself with --env {config.environment.id}"
+        )
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=directory))
     return algorithm, module, config
 
 
-def _load_agent(directory: Path) -> Any:
+def _load_agent(options: argparse.Namespace) -> Any:
     from upslope.control.agent import load
 
-    return load(_read_run(directory)[2], directory)
+    return load(_read_run(options)[2], options.run)
 
 
 def _say_where(directory: Path) -> None:

@@ -356,3 +356,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     again = checkpoint.newest(checkpoints)
     assert again is not None
     assert checkpoint.fingerprint(again.tensors) == checkpoint.fingerprint(last.tensors)
+
+
+def test_a_nan_action_is_the_policys_fault() -> None:
+    envs, _ = environments.make(Config("Pendulum-v1", 2, "sync"), 0)
+    with pytest.raises(ValueError, match="the policy gave a NaN or infinite action for environment 1"):
+        envs.step(np.array([[0.0], [math.nan]], np.float32))
+    envs.close()
+
+
+def test_fire_is_pressed_after_every_lost_life() -> None:
+    """Also after an extra life: 3, 4, 3 lives."""
+    import gymnasium as gym
+
+    from upslope.control.atari import FireReset
+
+    pressed: list[int] = []
+
+    class Game(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(4)
+
+        def reset(self, **_: Any) -> tuple[int, dict[str, Any]]:
+            self.lives = iter([3, 4, 3, 3, 3])
+            return 0, {}
+
+        def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+            pressed.append(action)
+            return 0, 0.0, False, False, {"lives": next(self.lives)}
+
+    game = FireReset(Game())
+    game.reset()
+    for _ in range(3):
+        game.step(2)
+    assert pressed == [1, 2, 2, 1, 2]

@@ -81,9 +81,9 @@ def killed_and_resumed(directory: Path, arguments: tuple[object, ...], seed: int
     for count in counts:
         kill_when(start, directory, count, moments.uniform(0, 0.03))
         if (directory / "config.json").exists():
-            start = command("resume", directory)
+            start = command("resume", directory, "--env", arguments[2])
     assert not (directory / "summary.json").exists()
-    succeed("resume", directory)
+    succeed("resume", directory, "--env", arguments[2])
     assert (directory / "summary.json").exists()
 
 

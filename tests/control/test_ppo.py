@@ -265,8 +265,8 @@ def test_atari_runs_end_to_end(environment_id: str) -> None:
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
 def test_learns_cartpole(seed: int) -> None:
-    """20k of the preset's 100k steps: a policy that does not learn stays near 20."""
-    config = replace(presets.PPO_PRESETS["CartPole-v1"], total_steps=20_000, run=replace(QUIET, seed=seed))
+    """30k of the preset's 100k steps: a policy that does not learn stays near 20."""
+    config = replace(presets.PPO_PRESETS["CartPole-v1"], total_steps=30_000, run=replace(QUIET, seed=seed))
     assert ppo.train(config).evaluate(20).summary()["mean_return"] >= 150
 
 
@@ -290,3 +290,51 @@ def test_learns_pendulum_with_state_dependent_noise() -> None:
         results.append(ppo.train(config).evaluate(50).summary()["mean_return"])
     assert min(results) >= -300
     assert math.isfinite(sum(results))
+
+
+def test_single_transitions_are_minibatches_too() -> None:
+    agent = ppo.train(small("CartPole-v1", minibatch_size=1, total_steps=32, rollout_length=8, num_epochs=1))
+    assert agent.theta.isfinite().all()
+
+
+def test_clip_fraction_is_measured_at_the_annealed_clip() -> None:
+    config = small("CartPole-v1", anneal_clip=True, clip_low=0.2, clip_high=0.2)
+    state, net, batch = first_batch(config)
+    shaken = state.theta + 0.3 * torch.randn(state.theta.shape, generator=torch.Generator().manual_seed(0))
+    ratio = (ppo.terms(shaken, net, batch, config).logp - batch.logp_old).exp().detach()
+    rows = torch.ones_like(ratio, dtype=torch.bool) if batch.valid is None else batch.valid
+    for scale in (1.0, 0.1):
+        outside = ((ratio - 1).abs() > 0.2 * scale)[rows].double().mean().item()
+        found = ppo.diagnose(shaken, net, batch, config, clip_scale=scale)["clip_fraction"]
+        assert found == pytest.approx(outside, abs=1e-6)
+        assert 0 < outside < 1
+
+
+ODD = {
+    "ram": worlds.spaces.Box(0, 255, (128,), np.uint8),
+    "counts": worlds.spaces.Box(0, 9, (2, 3), np.int64),
+    "number": worlds.spaces.Box(-1.0, 1.0, (), np.float32),
+    "deep image": worlds.spaces.Box(0, 255, (48, 40, 6), np.uint8),
+    "any keys": worlds.spaces.Dict({"a.b": worlds.BOX, "type": worlds.spaces.Discrete(2)}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_observations_are_encoded(name: str) -> None:
+    module = networks.encoder(ODD[name], 16)
+    ODD[name].seed(0)
+    samples = [ODD[name].sample() for _ in range(3)]
+    batch = (
+        {k: np.stack([s[k] for s in samples]) for k in samples[0]}
+        if isinstance(samples[0], dict)
+        else np.stack(samples)
+    )
+    features = module(networks.to_tensors(batch))
+    assert features.shape == (3, module.size)
+    assert features.dtype == torch.float32
+
+
+def test_actions_of_an_agent_are_the_environments() -> None:
+    agent = ppo.train(small("box-discrete-from-2-v0", total_steps=128))
+    actions = agent.act(np.zeros((5, 3), np.float32))
+    assert all(worlds.ACTIONS["discrete-from-2"].contains(action) for action in actions)

@@ -220,6 +220,7 @@ def test_resumed_twice_from_one_checkpoint(tmp_path: Path) -> None:
             run.record(step, {"x": float(step)})
         assert run.metrics is not None
         run.metrics.offsets()
+        del run  # its process is gone, and its hold on the directory with it
     assert [row["step"] for row in metrics.read(directory)] == [1, 2, 3, 4]
     assert sorted(step for step, tag, _ in events(directory) if tag == "x") == [1, 2, 3, 4]
 
@@ -231,6 +232,7 @@ def test_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
         run.record(step, {"x": float(step)})
         run.save(step, {"step": torch.tensor(step)}, {})
     assert checkpoint.steps(directory / "checkpoints") == [4, 5]
+    del run
     (directory / "checkpoints" / "5" / "tensors.safetensors").write_bytes(b"no")
     with Run.resume(directory, "ppo", settings(directory), 10) as run:
         assert run.restored is not None
@@ -262,6 +264,7 @@ def test_seconds_go_on_over_a_resume(tmp_path: Path) -> None:
     run.save(1, {"x": torch.zeros(1)}, {})
     assert run.metrics is not None
     run.metrics.close()
+    del run
     time.sleep(0.5)  # nobody trains: not counted
     with Run.resume(directory, "ppo", settings(directory), 10) as run:
         run.record(2, {})
@@ -270,3 +273,18 @@ def test_seconds_go_on_over_a_resume(tmp_path: Path) -> None:
     summary = json.loads((directory / "summary.json").read_text())
     assert 0.3 <= first <= second <= summary["seconds"]
     assert second - first < 0.5
+
+
+def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
+    """And a resumed run is never removed, whatever goes wrong before its first step."""
+    directory = tmp_path / "run"
+    with Run("ppo", settings(directory), 10) as run:
+        run.record(1, {"x": 1.0})
+        with pytest.raises(ValueError, match="is running already in another process"):
+            Run.resume(directory, "ppo", settings(directory), 10)
+    with (
+        pytest.raises(RuntimeError, match="the simulator"),
+        Run.resume(directory, "ppo", settings(directory), 10),
+    ):
+        raise RuntimeError("the simulator is not installed here")
+    assert (directory / "config.json").exists()

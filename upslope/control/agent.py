@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from upslope.control.parameters import Net
 from upslope.runs import checkpoint, distributed
 from upslope.runs.randomness import derive, generator
 from upslope.runs.run import CHECKPOINTS
+
+MAX_LENGTH = 1_000_000  # steps; evaluation gives up on an episode without an end
 
 
 class Evaluation(NamedTuple):
@@ -44,10 +47,14 @@ class Agent(NamedTuple):
     environment: environments.Config
     normalize: normalization.Config
     normalizer: Normalizer
+    action_space: spaces.Space  # of one environment
+
+    def act(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
+        """Actions of the environment for raw observations: the policy's mode, or a sample where noise is given."""
+        return environments.to_space(self.action_space, self._choose(observation, noise))
 
     @torch.no_grad()
-    def act(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
-        """Actions for a batch of raw observations: the policy's mode, or a sample when noise is given."""
+    def _choose(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
         seen = normalization.observation(self.normalizer, to_tensors(observation), self.normalize)
         policy = self.net(self.theta, seen)[0]
         return (policy.mode() if noise is None else policy.sample(noise)).numpy()
@@ -75,7 +82,9 @@ class Agent(NamedTuple):
         random = generator(seed, "evaluate", "noise")
         while (played < share).any():
             noise = None if deterministic else head.noise((count, *head.noise_shape), random)
-            step = envs.step(self.act(observation, noise))
+            step = envs.step(self._choose(observation, noise))
+            if length.max() >= MAX_LENGTH:
+                raise ValueError(f"{self.environment.id}: an episode did not end within {MAX_LENGTH:,} steps")
             total, length = total + step.reward, length + (1 if step.valid is None else step.valid)
             for i in np.flatnonzero(step.ended):
                 if played[i] < share[i]:
@@ -99,7 +108,7 @@ class Agent(NamedTuple):
         for _ in range(max_steps):
             if over:
                 break
-            action = environments.to_space(env.action_space, self.act(_batch_of_one(observation)))[0]
+            action = self.act(_batch_of_one(observation))[0]
             observation, reward, terminated, truncated, _ = env.step(action)
             total, over = total + float(reward), terminated or truncated
             yield np.asarray(env.render()), total
@@ -131,4 +140,4 @@ def load(config: Any, directory: Path) -> Agent:
     if saved.state["layout"] != net.layout.table():
         raise ValueError(f"{directory}: the checkpoint's parameters do not fit the network of its configuration")
     normalizer = normalization.unpack(distributed.own("world", saved.tensors, 0), observation_space, config.normalize)
-    return Agent(net, net.bind(saved.tensors["theta"]), config.environment, config.normalize, normalizer)
+    return Agent(net, net.bind(saved.tensors["theta"]), config.environment, config.normalize, normalizer, action_space)

@@ -35,8 +35,8 @@ class FireReset(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if info.get("lives", 0) < self._lives and not (terminated or truncated):
-            self._lives = info["lives"]
+        before, self._lives = self._lives, info.get("lives", 0)
+        if self._lives < before and not (terminated or truncated):
             observation, extra, terminated, truncated, info = self.env.step(1)
             reward = float(reward) + float(extra)
         return observation, reward, terminated, truncated, info

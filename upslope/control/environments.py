@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from upslope.control import atari, episodes, networks
 from upslope.control.atari import Atari
@@ -102,11 +103,11 @@ def register(environment_id: str) -> gym.envs.registration.EnvSpec:
                 f"environment.id {environment_id!r} needs the extra: pip install 'upslope[atari]'"
             ) from error
         gym.register_envs(ale_py)
-    module, _, name = environment_id.rpartition(":")  # "module:Id-v0": the module registers the id
-    if module:
+    module, colon, name = environment_id.rpartition(":")  # "module:Id-v0": the module registers the id
+    if colon:
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
             raise ValueError(f"environment.id {environment_id!r}: {error}") from error
     try:
         return gym.spec(name)
@@ -149,9 +150,8 @@ class Environments:
         self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
 
     def reset(self) -> Observation:
-        observation, infos = self.envs.reset(
-            seed=derive(self.seed, "native") % 2**31 if self.kind == "native" else None
-        )
+        native = self.kind == "native"
+        observation, infos = self._reset(derive(self.seed, "native", self.first_index) % 2**31 if native else None)
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
         self._seen = observation
@@ -163,6 +163,9 @@ class Environments:
         Raises:
             ValueError: a NaN or infinite observation or reward, naming environment, step and episode seed.
         """
+        if action.dtype.kind == "f" and not np.isfinite(action).all():
+            index = int(np.flatnonzero(~np.isfinite(action).reshape(self.num_envs, -1).all(1))[0])
+            raise ValueError(f"the policy gave a NaN or infinite action for environment {index}: {action[index]}")
         observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
         ended = terminated | truncated
         next_observation, valid = observation, None
@@ -177,10 +180,9 @@ class Environments:
             self.episode = self.episode + ended
             self.length[ended] = 0
             if self.autoreset == AutoresetMode.DISABLED:
-                observation, fresh = self.envs.reset(options={"reset_mask": ended.copy()})
-                infos = (
-                    {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])} if "lives" in infos else infos
-                )
+                observation, fresh = self._reset(None, {"reset_mask": ended.copy()})
+                if "lives" in infos:
+                    infos = {**infos, "lives": np.where(ended, fresh["lives"], infos["lives"])}
             if self.autoreset != AutoresetMode.NEXT_STEP:
                 self._refuse_non_finite(observation, None)
         if self.config.atari is not None and self.config.atari.episodic_life and "lives" in infos:
@@ -189,6 +191,12 @@ class Environments:
             self._lives = lives
         self._seen = observation
         return Transition(next_observation, observation, reward, terminated, truncated, ended, valid)
+
+    def _reset(self, seed: int | None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if isinstance(self.envs, AsyncVectorEnv):
+            self.envs.reset_async(seed, options)
+            return self.envs.reset_wait(timeout=STEP_TIMEOUT)
+        return self.envs.reset(seed=seed, options=options)
 
     def _advance(self, action: Any) -> tuple[Any, ...]:
         if isinstance(self.envs, AsyncVectorEnv):
@@ -215,7 +223,7 @@ class Environments:
         raise ValueError(
             f"{self.config.id} gave a NaN or infinite {what} in environment {index} at "
             f"{'the reset' if begins else f'step {step}'} of its episode {episode} ({at}); "
-            "nothing was trained on it, the last checkpoint is kept"
+            "nothing was trained on it, the checkpoints written so far are kept"
         )
 
     def snapshot(self) -> dict[str, np.ndarray]:
@@ -227,7 +235,11 @@ class Environments:
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
         if self.kind == "pool":
             return state
-        shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
+        if isinstance(self.envs, AsyncVectorEnv):
+            self.envs.call_async("snapshot")
+            shots = self.envs.call_wait(timeout=STEP_TIMEOUT)
+        else:
+            shots = self.envs.call("snapshot")  # type: ignore[attr-defined]
         counts = np.array([len(shot.actions) for shot in shots], dtype=np.int64)
         flat = [action for shot in shots for action in shot.actions]
         actions = np.stack(flat) if flat else np.zeros((0,))
@@ -248,7 +260,12 @@ class Environments:
         return self._seen
 
     def close(self) -> None:
-        self.envs.close()
+        """End the environments; a worker that does not answer is ended without being asked."""
+        if isinstance(self.envs, AsyncVectorEnv):
+            waiting = self.envs._state != AsyncState.DEFAULT
+            self.envs.close(timeout=5, terminate=waiting)
+        else:
+            self.envs.close()
 
 
 def make(
@@ -267,9 +284,9 @@ def make(
     """
     kind = _kind(config)
     if kind == "pool":
-        envs: VectorEnv = EnvPool(
-            config.id, config.num_envs, derive(seed, "pool", first_index) % 2**31, **config.kwargs
-        )
+        begun = 0 if start is None else int(start["episode"].sum())  # a resumed pool plays other episodes
+        stream = derive(seed, "pool", first_index, begun) % 2**31
+        envs: VectorEnv = EnvPool(config.id, config.num_envs, stream, **config.kwargs)
         exact = False
     elif kind == "native":
         envs, exact = _native(config, config.num_envs)(), _native_exact(Single(config))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upslope.core import distributions
 from upslope.core.distributions import Distribution
+from upslope.runs import settings
 
 Observation = Tensor | dict[str, Tensor]
 
@@ -40,6 +41,8 @@ class Config:
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"network.hidden is {self.hidden}, allowed: positive widths")
+        settings.within(self, 1, None, "cnn_features")
+        settings.within(self, -20, 5, "log_std")
 
 
 class NatureCNN(nn.Module):
@@ -47,12 +50,11 @@ class NatureCNN(nn.Module):
 
     def __init__(self, space: spaces.Box, features: int) -> None:
         super().__init__()
-        self.channels_last = space.shape[2] in (1, 3, 4) and space.shape[0] not in (1, 3, 4)
+        self.channels_last = space.shape[2] < space.shape[0]  # an image has fewer channels than rows
         height, width = (space.shape[0], space.shape[1]) if self.channels_last else (space.shape[1], space.shape[2])
         channels = space.shape[2] if self.channels_last else space.shape[0]
         if min(height, width) < 36:
             raise ValueError(f"observation space {space}: images smaller than 36 × 36 pixels do not fit the Nature CNN")
-        self.scale = 1 / 255 if space.dtype == np.uint8 else 1.0
         self.convolutions = nn.Sequential(
             nn.Conv2d(channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
             nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten(),
@@ -65,7 +67,7 @@ class NatureCNN(nn.Module):
     def forward(self, image: Tensor) -> Float[Tensor, "batch features"]:
         if self.channels_last:
             image = image.permute(0, 3, 1, 2)
-        image = image.to(self.linear.weight.dtype) * self.scale
+        image = image.to(self.linear.weight.dtype) * (1 / 255)
         return torch.relu(self.linear(self.convolutions(image)))
 
 
@@ -77,7 +79,9 @@ class Flat(nn.Module):
         self.size = math.prod(space.shape)
 
     def forward(self, observation: Tensor) -> Float[Tensor, "batch features"]:
-        return observation if observation.ndim == 2 else observation.flatten(1)
+        if observation.ndim != 2:
+            observation = observation.reshape(len(observation), -1)
+        return observation if observation.is_floating_point() else observation.to(torch.get_default_dtype())
 
 
 class OneHot(nn.Module):
@@ -110,11 +114,13 @@ class Dictionary(nn.Module):
 
     def __init__(self, space: spaces.Dict, features: int) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({key: encoder(part, features) for key, part in sorted(space.spaces.items())})
-        self.size = sum(part.size for part in self.encoders.values())
+        self.keys = sorted(space.spaces)  # any strings: a ModuleDict would refuse some
+        self.encoders = nn.ModuleList(encoder(space.spaces[key], features) for key in self.keys)
+        self.size = sum(part.size for part in self.encoders)
 
     def forward(self, observation: dict[str, Tensor]) -> Float[Tensor, "batch features"]:
-        return torch.cat([part(observation[key]) for key, part in self.encoders.items()], -1)
+        parts = zip(self.keys, self.encoders, strict=True)
+        return torch.cat([encode(observation[key]) for key, encode in parts], -1)
 
 
 def encoder(space: spaces.Space, features: int) -> nn.Module:
@@ -138,6 +144,8 @@ def refuse_unsupported(space: spaces.Space) -> None:
     """Raise a `ValueError` for an observation space without an encoder, before anything is read from it."""
     if isinstance(space, spaces.Dict):
         for part in space.spaces.values():
+            if isinstance(part, spaces.Dict):
+                raise unsupported(space)
             refuse_unsupported(part)
     elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise unsupported(space)
@@ -147,7 +155,7 @@ def unsupported(space: spaces.Space) -> ValueError:
     """The error that names an observation space and those that are supported."""
     return ValueError(
         f"observation space {space} is not supported; allowed: Box, Discrete, MultiDiscrete, MultiBinary and Dict of "
-        "these (gymnasium.wrappers.FlattenObservation turns a Tuple into a Box)"
+        "these, not nested (gymnasium.wrappers.FlattenObservation turns a Tuple into a Box)"
     )
 
 

@@ -36,7 +36,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         settings.positive(self, "learning_rate", "epsilon")
-        settings.within(self, 0, 1, "beta1", "beta2")
+        settings.below_one(self, "beta1", "beta2")
 
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta), torch.zeros_like(theta)))
@@ -68,7 +68,7 @@ class RMSProp:
 
     def __post_init__(self) -> None:
         settings.positive(self, "learning_rate", "epsilon")
-        settings.within(self, 0, 1, "alpha")
+        settings.below_one(self, "alpha")
 
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.ones_like(theta) if self.epsilon_inside else torch.zeros_like(theta),))
@@ -93,7 +93,7 @@ class SGD:
 
     def __post_init__(self) -> None:
         settings.positive(self, "learning_rate")
-        settings.within(self, 0, 1, "momentum")
+        settings.below_one(self, "momentum")
 
     def start(self, theta: Float[Tensor, " d"]) -> State:
         return State(0, (torch.zeros_like(theta),))

@@ -91,7 +91,7 @@ def terms(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PP
     """What π_θ and V_θ make of B transitions."""
     policy, value = net(theta, batch.observation)
     logp, entropy = policy.log_prob_entropy(batch.action)
-    psi = advantages.whiten(batch.psi, batch.valid) if config.whiten_advantages else batch.psi
+    psi = rollout.whitened(batch) if config.whiten_advantages else batch.psi
     low, high = config.clip_low * clip_scale, config.clip_high * clip_scale
     surrogate = surrogates.clipped_ratio(logp, batch.logp_old, psi, low, high)
     if config.clip_value is None:
@@ -111,12 +111,15 @@ def objective(
 
 
 @torch.no_grad()
-def diagnose(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO) -> dict[str, float]:
+def diagnose(
+    theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0
+) -> dict[str, float]:
     """What the update did, over the whole rollout: its terms, KL[π_old || π_θ] by k3, the share of clipped ratios."""
-    part = terms(theta, net, batch, config)
+    part = terms(theta, net, batch, config, clip_scale)
     numbers = {**part._asdict(), "kl": divergences.k3(batch.logp_old, part.logp)}
     means = {name: float(reductions.token_mean(number, batch.valid)) for name, number in numbers.items()}
-    clipped = surrogates.clip_fraction(part.logp, batch.logp_old, config.clip_low, config.clip_high, batch.valid)
+    low, high = config.clip_low * clip_scale, config.clip_high * clip_scale
+    clipped = surrogates.clip_fraction(part.logp, batch.logp_old, low, high, batch.valid)
     return {**means, "clip_fraction": float(clipped)}
 
 
@@ -131,24 +134,29 @@ def update(
     shuffle = generator(config.run.seed, "shuffle", state.iteration, distributed.rank())
     for minibatch in rollout.minibatches(batch, config.num_epochs, config.minibatch_size, shuffle):
         gradient, _, part = net.gradient(objective, theta, net, minibatch, config, clip_scale)
+        if config.target_kl is not None:
+            kl = reductions.token_mean(divergences.k3(minibatch.logp_old, part.logp.detach()), minibatch.valid)
+            if distributed.average_(kl) > 1.5 * config.target_kl:
+                break
         distributed.average_(gradient)
         norm = optimizers.clip_norm(gradient, config.max_grad_norm)
         if not math.isfinite(norm):
             raise ValueError(f"the gradient is not finite at step {state.step}, its norm is {norm}; θ was not changed")
         theta, memory = config.optimizer.ascend(theta, memory, gradient, learning_rate)
         norms.append(norm)
-        if config.target_kl is not None:
-            kl = reductions.token_mean(divergences.k3(minibatch.logp_old, part.logp.detach()), minibatch.valid)
-            if distributed.average_(kl) > 1.5 * config.target_kl:
-                break
-    numbers = {"grad_norm": sum(norms) / len(norms), "gradient_steps": len(norms), "learning_rate": learning_rate}
-    return theta, memory, diagnose(theta, net, batch, config) | numbers
+    numbers = {
+        "grad_norm": sum(norms) / max(len(norms), 1),
+        "gradient_steps": len(norms),
+        "learning_rate": learning_rate,
+    }
+    return theta, memory, diagnose(theta, net, batch, config, clip_scale) | numbers
 
 
 def train(config: PPO, session: Run | None = None) -> Agent:
     """Train and return the agent. `session` is the run to write to or to go on with, by default `config.run`'s."""
     with session or Run("ppo", config, config.total_steps) as session:
         state, net = start(config, session)
+        session.closes(state.world.envs)
         while state.step < config.total_steps:
             # 1. collect: T steps of every environment under the current policy
             noise = generator(config.run.seed, "noise", state.iteration, distributed.rank())
@@ -174,8 +182,9 @@ def train(config: PPO, session: Run | None = None) -> Agent:
                 session.save(state.step, pack(state), {"layout": net.layout.table()})
         session.save(state.step, pack(state), {"layout": net.layout.table()})
         session.finish(state.step, rollout.summary(state.world))
-    state.world.envs.close()
-    return Agent(net, state.theta, config.environment, config.normalize, state.world.normalizer)
+    return Agent(
+        net, state.theta, config.environment, config.normalize, state.world.normalizer, state.world.envs.action_space
+    )
 
 
 def start(config: PPO, session: Run) -> tuple[State, Net]:

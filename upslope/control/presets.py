@@ -170,7 +170,8 @@ PPO_PRESETS: dict[str, PPO] = {
     "ALE/Breakout-v5": _atari("ALE/Breakout-v5"),
 }
 
-NOT_TRAINED_TO_CONVERGENCE = frozenset({"ALE/Pong-v5", "ALE/Breakout-v5"})  # 10M frames need days on a CPU
+NOT_TRAINED_TO_CONVERGENCE = frozenset({"ALE/Pong-v5", "ALE/Breakout-v5"})  # 10M frames need days on a CPU; others
+# of Atari's games take the same settings, untried
 
 
 def ppo(environment_id: str) -> PPO | None:
@@ -179,4 +180,5 @@ def ppo(environment_id: str) -> PPO | None:
     >>> ppo("CartPole-v1").gae_lambda
     0.8
     """
-    return PPO_PRESETS.get(environment_id)
+    is_atari = environment_id.startswith("ALE/") or "NoFrameskip" in environment_id
+    return PPO_PRESETS.get(environment_id) or (_atari(environment_id) if is_atari else None)

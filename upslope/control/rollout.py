@@ -11,6 +11,7 @@ from torch import Tensor
 from upslope.control import environments, normalization
 from upslope.control.networks import Head, Observation, to_tensors
 from upslope.control.parameters import Net
+from upslope.core import advantages
 from upslope.runs import distributed
 
 RECENT = 100  # finished episodes that the reported mean return covers
@@ -149,7 +150,7 @@ def count(rollout: Rollout) -> int:
 def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller.
 
-    One with fewer than two valid transitions has no spread to whiten by and is left out.
+    One of reset rows alone is left out.
     """
     total = batch.psi.shape[0]
     for _ in range(num_epochs):
@@ -160,9 +161,14 @@ def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Gener
         shuffled = _rows(batch, order)
         for first in range(0, total, size):
             minibatch = _rows(shuffled, slice(first, first + size))
-            count = minibatch.psi.shape[0] if minibatch.valid is None else int(minibatch.valid.sum())
-            if count >= 2:
+            if minibatch.valid is None or bool(minibatch.valid.any()):
                 yield minibatch
+
+
+def whitened(batch: Batch) -> Float[Tensor, " B"]:
+    """Ψ with mean 0 and standard deviation 1; a single transition is its own mean, and gets 0."""
+    count = batch.psi.shape[0] if batch.valid is None else int(batch.valid.sum())
+    return advantages.whiten(batch.psi, batch.valid) if count > 1 else torch.zeros_like(batch.psi)
 
 
 def summary(world: World) -> dict[str, float | int | None]:

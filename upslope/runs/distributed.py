@@ -15,7 +15,7 @@ TIMEOUT = timedelta(minutes=5)  # a rank that is silent for longer is taken for 
 
 def rank() -> int:
     """This process' rank; 0 when it runs alone."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:

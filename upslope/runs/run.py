@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import IO, Annotated, Any, Self
 
 import torch
 import tyro
@@ -21,7 +21,7 @@ from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-CONFIG, SUMMARY, CHECKPOINTS = "config.json", "summary.json", "checkpoints"
+CONFIG, SUMMARY, CHECKPOINTS, LOCK = "config.json", "summary.json", "checkpoints", ".lock"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Run:
         if self.directory is not None:
             _create(self.directory, algorithm, config)
         self._open(algorithm, total_steps)
+        self._untouched = True  # nothing was learned yet in the directory that was just made
 
     @classmethod
     def resume(cls, directory: Path, algorithm: str, config: Any, total_steps: int) -> Self:
@@ -73,6 +74,11 @@ class Run:
         if run.directory is not None:
             checkpoint.clean(directory / CHECKPOINTS)
         run.restored = checkpoint.newest(directory / CHECKPOINTS)
+        written_by = run.restored.state.get("world_size", 1) if run.restored else distributed.world_size()
+        if written_by != distributed.world_size():
+            raise ValueError(
+                f"{directory} was written by {written_by} ranks, not {distributed.world_size()}: resume with as many"
+            )
         torch.set_num_threads(run.restored.state["threads"] if run.restored else config.run.threads)
         run._open(algorithm, total_steps)
         return run
@@ -81,12 +87,18 @@ class Run:
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
-        self._untouched = self.restored is None  # nothing was learned yet
+        self._untouched = False
+        self._resources = contextlib.ExitStack()
+        self._lock = _lock(self.directory) if self.directory else None
         self._saved_step = self.restored.step if self.restored else None
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
         self.display = progress.Display(algorithm, total_steps, start, self.config.quiet or distributed.rank() > 0)
+
+    def closes(self, resource: Any) -> None:
+        """Close this when the run ends, however it ends: workers are not left behind by an error."""
+        self._resources.callback(resource.close)
 
     def __enter__(self) -> Self:
         self.display.__enter__()
@@ -94,8 +106,11 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self.display.__exit__(*error)
+        self._resources.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self._lock is not None:
+            self._lock.close()
         if self.directory is not None and self._untouched and isinstance(error[1], Exception):
             _remove_empty(self.directory)  # a setting was wrong: the corrected command may use the same name
 
@@ -133,6 +148,7 @@ class Run:
             **described,
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
+            "world_size": distributed.world_size(),
             "compiled": False,
             "versions": versions(),
             "offsets": self.metrics.offsets(),
@@ -176,6 +192,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _lock(directory: Path) -> IO[str]:
+    """Hold the run: two processes on one directory would write over each other.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = open(directory / LOCK, "w")  # noqa: SIM115 - held as long as the run
+    try:
+        import fcntl
+    except ImportError:  # Windows has no advisory locks of this kind
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"{directory} is running already in another process") from error
+    return file
+
+
 def _create(directory: Path, algorithm: str, config: Any) -> None:
     if (directory / CONFIG).exists() or (directory.is_dir() and any(directory.iterdir())):
         raise ValueError(
@@ -189,7 +224,7 @@ def _create(directory: Path, algorithm: str, config: Any) -> None:
 
 def _remove_empty(directory: Path) -> None:
     """Remove a run that never took a step, and nothing that is not a run's."""
-    for path in (directory / CONFIG, *metrics.append_only(directory)):
+    for path in (directory / CONFIG, directory / LOCK, *metrics.append_only(directory)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # someone put something else there
         directory.rmdir()

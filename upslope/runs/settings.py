@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, their ranges, and their way to JSON and back."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,11 +23,19 @@ def within(config: Any, low: float, high: float | None, *names: str) -> None:
 
 
 def positive(config: Any, *names: str) -> None:
-    """0 < value for each named field; None passes, NaN does not."""
+    """0 < value < inf for each named field; None passes, NaN does not."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}, allowed: above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, allowed: above 0 and finite")
+
+
+def below_one(config: Any, *names: str) -> None:
+    """0 ≤ value < 1 for each named field: the share that a running average keeps."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}, allowed: 0 to below 1")
 
 
 def to_json(config: Any) -> Any:
