@@ -7,6 +7,7 @@ with install_import_hook(
         "upslope.exact.dynamic_programming",
         "upslope.exact.evaluation",
         "upslope.exact.laboratory",
+        "upslope.exact.measurement",
         "upslope.exact.pairs",
         "upslope.exact.sampled",
         "upslope.exact.soft",

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from upslope.exact import lab_pictures, laboratory, pictures, sampled, surrogate_studies, zoo
+from upslope.exact import lab_pictures, laboratory, measurement, pictures, sampled, surrogate_studies, zoo
 from upslope.exact.dynamic_programming import Solution, modified_policy_iteration, policy_iteration, value_iteration
 from upslope.exact.evaluation import evaluate_policy
 from upslope.exact.mdp import MDP
@@ -101,13 +101,15 @@ class Lab:
     study: tyro.conf.Positional[Literal["variance", "bias", "kl", "clip", "gae", "baselines", "importance"]]
     """what to compare"""
     env: str = "random"
-    """a random problem of 4 states, or zoo:NAME with few enough trajectories (not for kl)"""
+    """a random problem of 4 states, a toy-text environment (FrozenLake-v1, …), or zoo:NAME (not for kl)"""
     horizon: int = 6
     """length of the trajectories"""
     gamma: float = 0.9
     """discount of the objective"""
     seed: int = 0
     """of the problem, the policy and the samples"""
+    samples: int | None = None
+    """trajectories to draw, instead of listing all; if not given, 10,000 where they are too many to list"""
     out: Path | None = None
     """picture to write; lab-STUDY.png if not given, none with --json"""
     json: bool = False
@@ -120,7 +122,7 @@ def solve(arguments: list[str]) -> int:
 
 
 def lab(arguments: list[str]) -> int:
-    """lab STUDY: exact bias and variance of estimators, as a table and a picture"""
+    """lab STUDY: bias and variance of estimators, exact or with intervals, as a table and a picture"""
     return run_lab(tyro.cli(Lab, args=arguments, prog="upslope lab"))
 
 
@@ -168,29 +170,35 @@ def run_solve(config: Solve) -> int:
 
 def run_lab(config: Lab) -> int:
     """Runs a study, prints its tables, draws its figure; 0 on success."""
+    given: dict[str, Any] = {} if config.samples is None else {"samples": config.samples}
+    if given and config.study == "clip":
+        raise ValueError("--samples: clip lists no trajectories; it is exact for every problem")
     if config.study == "kl":
-        study = surrogate_studies.kl_study(config.seed)
+        study = surrogate_studies.kl_study(config.seed, **given)
     else:
         if config.env == "random":
-            mdp = laboratory.small_problem(config.seed, config.gamma, config.horizon)
+            mdp = measurement.small_problem(config.seed, config.gamma, config.horizon)
         else:
             mdp = problem(config.env, config.gamma, config.horizon)
-        study = {
+        studies: dict[str, Callable[..., laboratory.Study]] = {
             "variance": laboratory.variance_study,
             "bias": laboratory.bias_study,
             "gae": laboratory.gae_study,
             "baselines": laboratory.baseline_study,
             "importance": laboratory.importance_study,
             "clip": surrogate_studies.clip_study,
-        }[config.study](mdp, config.seed)
+        }
+        study = studies[config.study](mdp, config.seed, **given)
     if config.json:
+        how = {"method": "exact" if study.samples is None else "Monte Carlo", "samples": study.samples}
         tables = [table._asdict() for table in study.tables]
-        sys.stdout.write(json.dumps({"study": study.name, "lesson": study.lesson, "tables": tables}) + "\n")
+        found = {"study": study.name, "lesson": study.lesson, **how, "tables": tables}
+        sys.stdout.write(json.dumps(found) + "\n")
     else:
         console = _console()
         for table in study.tables:
             console.print(_table(table))
-        console.print(study.lesson)
+        console.print(f"{study.lesson}\n{study.method}")
     if config.out is not None or not config.json:
         out = config.out or Path(f"lab-{config.study}.png")
         _write(lambda: lab_pictures.draw(study, out), out, config.json)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from upslope.exact.laboratory import Study
+from upslope.exact.measurement import Row
 from upslope.exact.pictures import GUIDE, INK, PAPER
 from upslope.exact.surrogate_studies import KL_ESTIMATORS, SLOPES
 
@@ -23,6 +24,7 @@ def draw(study: Study, out: Path) -> None:
         figsize=(11.0, 7.4 if study.name == "kl" else 4.8), dpi=150, layout="constrained", facecolor="white"
     )
     figure.suptitle(study.lesson, fontsize=11, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.supxlabel(study.method, fontsize=8, color=INK, x=0.99, ha="right")
     FIGURES[study.name](figure, study)
     for axis in figure.axes:
         if axis.get_label() == "<colorbar>":
@@ -47,7 +49,7 @@ def draw(study: Study, out: Path) -> None:
 def _variance(figure: Any, study: Study) -> None:
     left, right = figure.subplots(1, 2)
     rows = study.tables[0].rows
-    _bars(left, [str(row["estimator"]) for row in rows], [float(row["std / |∇J|"]) for row in rows], log=True)
+    _bars(left, rows, "std", log=True)
     left.set_xlabel("standard deviation of one trajectory's estimate / |∇J|")
     for i, (row, line) in enumerate(zip(rows, study.curves["by_step"], strict=True)):
         right.plot(np.arange(len(line)), np.sqrt(line), "o-", ms=4, lw=1.6, color=COLOURS[i], label=row["estimator"])
@@ -60,18 +62,18 @@ def _variance(figure: Any, study: Study) -> None:
 def _bias(figure: Any, study: Study) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     rows = study.tables[0].rows
-    names = [str(row["estimator"]) for row in rows]
-    _bars(left, names, [100.0 * float(row["bias / |∇J|"]) for row in rows], form="{:.1f}%")
-    left.set_xlabel("|bias| in % of |∇J|, exact")
-    _bars(right, names, [float(row["std / |∇J|"]) for row in rows], log=True, colour=GUIDE)
+    _bars(left, rows, "bias", form="{:.1%}")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    left.set_xlabel("|bias| / |∇J|")
+    _bars(right, rows, "std", log=True, colour=GUIDE)
     right.set_xlabel("std of one trajectory's estimate / |∇J|")
 
 
 def _baselines(figure: Any, study: Study) -> None:
     left, right = figure.subplots(1, 2)
     rows = study.tables[0].rows
-    _bars(left, [str(row["estimator"]) for row in rows], [float(row["std / |∇J|"]) for row in rows], log=True)
-    left.set_xlabel("std of one trajectory's estimate / |∇J|, exact")
+    _bars(left, rows, "std", log=True)
+    left.set_xlabel("std of one trajectory's estimate / |∇J|")
     fitted = [row for row in study.tables[1].rows if "/ std" not in str(row["estimator"])]
     place = np.arange(len(fitted))[::-1]
     middle, half = ([float(row[key]) for row in fitted] for key in ("projection on ∇J", "± 95%"))
@@ -190,17 +192,23 @@ def _clip(figure: Any, study: Study) -> None:
 
 
 def _bars(
-    axis: Any, names: list[str], values: list[float], log: bool = False, form: str = "{:.3g}", colour: str = COLOURS[0]
+    axis: Any, rows: list[Row], what: str, log: bool = False, form: str = "{:.3g}", colour: str = COLOURS[0]
 ) -> None:
-    place = np.arange(len(names))[::-1]
-    bars = axis.barh(place, values, color=colour, height=0.62)
+    """One bar for each estimator, with its interval where it has one."""
+    place, values = np.arange(len(rows))[::-1], np.array([row[f"{what} / |∇J|"] for row in rows], float)
+    low, high = (
+        np.array([row.get(f"{what} {end}", x) for row, x in zip(rows, values, strict=True)], float)
+        for end in ("from", "to")
+    )
+    error = np.abs([values - low, high - values]) if "std to" in rows[0] else None
+    bars = axis.barh(place, values, xerr=error, color=colour, height=0.62, ecolor=INK, capsize=2)
     axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8, color=INK)
-    axis.set_yticks(place, names)
+    axis.set_yticks(place, [str(row["estimator"]) for row in rows])
     if log:
         axis.set_xscale("log")
-        axis.set_xlim(min(values) / 3.0, max(values) * 4.0)
+        axis.set_xlim(values.min() / 3.0, values.max() * 4.0)
     else:
-        axis.set_xlim(0.0, 1.15 * max(values))
+        axis.set_xlim(0.0, 1.15 * high.max())
 
 
 FIGURES: dict[str, Callable[[Any, Study], None]] = {

@@ -1,12 +1,12 @@
-"""The estimator laboratory: exact bias and variance of policy-gradient estimators, where enumeration is possible.
+"""The estimator laboratory: bias and variance of policy-gradient estimators, exact where trajectories can be listed.
 
 On a small problem with a horizon every trajectory can be listed with its probability, so the mean and the covariance of
-any estimator ĝ(τ) = Σ_t Ψ_t ∇log π(a_t|s_t) are finite sums: no sampling, no error bars. What depends on a whole batch
-(a baseline fitted on it) is measured by Monte Carlo with a 95% confidence interval.
+any estimator ĝ(τ) = Σ_t Ψ_t ∇log π(a_t|s_t) are finite sums: no sampling, no error bars. Elsewhere, or where `samples`
+are asked for, trajectories are drawn and everything comes with its 95% interval (`measurement.estimate`), against the
+same exact ∇J. What depends on a whole batch (a baseline fitted on it) is measured by Monte Carlo in any case.
 
 Each study returns tables (what is printed) and curves (what is drawn). The formulas measured are those of
-`upslope.core`; none is written a second time here. "Variance" is total: the trace of the covariance, for one
-trajectory.
+`upslope.core`; none is written a second time here.
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upslope.core import advantages, baselines, importance, returns
-from upslope.exact import zoo
 from upslope.exact.mdp import MDP
-from upslope.exact.policy_gradient import (
-    Evaluation,
-    Policy,
-    Trajectories,
-    enumerate_trajectories,
-    evaluate,
-    exact_policy_gradient,
-    log_probs,
-    moments,
-    probabilities,
-    softmax_table,
-    trajectory_gradients,
+from upslope.exact.measurement import (
+    Row,
+    Setting,
+    another,
+    describe,
+    discounted,
+    estimate,
+    following,
+    measure,
+    setting,
 )
-
-Row = dict[str, str | float]
+from upslope.exact.policy_gradient import log_probs, score_products, score_table, trajectory_gradients
 
 
 class Table(NamedTuple):
@@ -47,112 +43,20 @@ class Table(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What an experiment found: tables to read, named arrays to draw, and a line that says what to see."""
+    """What an experiment found: tables to read, named arrays to draw, and a line that says what to see.
+
+    `samples`: trajectories drawn for it; None where it is exact.
+    """
 
     name: str
     lesson: str
     tables: tuple[Table, ...]
     curves: Mapping[str, np.ndarray]
+    samples: int | None = None
 
-
-class Setting(NamedTuple):
-    """A problem, a policy, all its trajectories, and everything true about them that an estimator may need."""
-
-    mdp: MDP
-    policy: Policy
-    theta: Float[Tensor, " d"]
-    data: Trajectories
-    weights: Float[Tensor, " N"]
-    known: Evaluation
-    values: Float[Tensor, "N T"]
-    next_values: Float[Tensor, "N T"]
-    q: Float[Tensor, "N T"]
-    discounts: Float[Tensor, "N T"]
-    continues: Float[Tensor, "N T"]
-    gradient: Float[Tensor, " d"]
-
-
-def small_problem(seed: int = 0, gamma: float = 0.9, horizon: int = 6) -> MDP:
-    """A random problem of 4 states, 2 actions, 2 successors each: at most 4^horizon trajectories from its one start."""
-    mdp = zoo.random_mdp(np.random.default_rng(seed), states=4, actions=2, successors=2, gamma=gamma)
-    return mdp.replace(initial=np.eye(4)[0], horizon=horizon)
-
-
-def setting(mdp: MDP, seed: int = 0, spread: float = 0.5, gamma: float | None = None) -> Setting:
-    """A softmax policy with parameters N(0, spread²) on a problem with a horizon, and all its trajectories.
-
-    Args:
-        gamma: discount that the *estimators* use, for values and returns; the objective keeps the problem's own.
-
-    Raises:
-        ValueError: the problem has no horizon, or too many trajectories.
-
-    >>> case = setting(small_problem(horizon=3))
-    >>> case.weights.sum(), len(case.weights) <= 4**3
-    (tensor(1.0000, dtype=torch.float64), True)
-    """
-    if mdp.horizon is None:
-        raise ValueError("horizon: the laboratory lists all trajectories, so the problem needs one (--horizon)")
-    _refuse_too_many(mdp, mdp.horizon)
-    policy = softmax_table(mdp.num_states, mdp.num_actions)
-    generator = torch.Generator().manual_seed(seed)
-    theta = spread * torch.randn(mdp.num_states * mdp.num_actions, generator=generator, dtype=torch.float64)
-    data = enumerate_trajectories(mdp)
-    return _setting(mdp, policy, theta, data, mdp.gamma if gamma is None else gamma)
-
-
-def _refuse_too_many(mdp: MDP, horizon: int, most: int = 1_000_000, cells: int = 200_000_000) -> None:
-    """Counts the trajectories before listing them, and the table that listing them needs."""
-    ways = (mdp.dense_transition > 0.0).sum(axis=1).astype(float)
-    ways[mdp.terminal] = np.eye(mdp.num_states)[mdp.terminal]
-    count = (np.asarray(mdp.initial) > 0.0).astype(float)
-    for _ in range(horizon):
-        table = count.sum() * mdp.num_actions * mdp.num_states
-        count = count @ ways
-        if count.sum() > most or table > cells:
-            raise ValueError(
-                f"horizon: {horizon} steps have too many trajectories to list (more than {most:,}, or a table of more "
-                f"than {cells:,} numbers); take a shorter horizon or a smaller problem"
-            )
-
-
-def _setting(mdp: MDP, policy: Policy, theta: Tensor, data: Trajectories, gamma: float) -> Setting:
-    known = evaluate(mdp.replace(gamma=gamma), policy(theta).exp())
-    steps = torch.arange(data.actions.shape[1])
-    here, after = data.states[:, :-1], data.states[:, 1:]
-    discounts, continues = returns.boundaries(data.terminated, data.truncated, gamma, 1.0, dtype=torch.float64)
-    return Setting(
-        mdp,
-        policy,
-        theta,
-        data,
-        probabilities(data, policy(theta)),
-        known,
-        known.values[steps, here],
-        known.values[steps + 1, after],
-        known.q[steps, here, data.actions],
-        discounts,
-        continues,
-        exact_policy_gradient(mdp, policy, theta),
-    )
-
-
-def measure(case: Setting, name: str, psi: Float[Tensor, "N T"], weights: Float[Tensor, " N"] | None = None) -> Row:
-    """Exact bias and variance of Σ_t Ψ_t ∇log π(a_t|s_t), relative to the true gradient."""
-    draws = trajectory_gradients(case.data, case.policy, case.theta, psi)
-    found = moments(case.weights if weights is None else weights, draws)
-    return _row(name, found.mean, found.variance, case.gradient)
-
-
-def _row(name: str, mean: Tensor, variance: Tensor | float, truth: Tensor) -> Row:
-    size = float(truth.norm())
-    return {
-        "estimator": name,
-        "bias / |∇J|": float((mean - truth).norm()) / size,
-        "cosine": float(torch.cosine_similarity(mean, truth, dim=0)),
-        "std / |∇J|": float(variance) ** 0.5 / size,
-        "trajectories for std = |∇J|": float(variance) / size**2,
-    }
+    @property
+    def method(self) -> str:
+        return "exact" if self.samples is None else f"Monte Carlo, n = {self.samples:,}, 95% intervals"
 
 
 # ---- Ψ -------------------------------------------------------------------------------------------------------------
@@ -173,28 +77,37 @@ def psi_table(case: Setting) -> dict[str, Float[Tensor, "N T"]]:
     }
 
 
-def variance_study(mdp: MDP, seed: int = 0) -> Study:
+def variance_study(mdp: MDP, seed: int = 0, samples: int | None = None) -> Study:
     """The six Ψ_t of S4 table 2.2: all unbiased, with very different variances."""
-    case = setting(mdp, seed)
-    rows = [measure(case, name, psi) for name, psi in psi_table(case).items()]
-    spread = [_share_by_step(case, psi) for psi in psi_table(case).values()]
+    case = setting(mdp, seed, samples=samples)
+    psis = psi_table(case)
+    rows = [measure(case, name, psi) for name, psi in psis.items()]
+    curves = {"by_step": _share_by_step(case, list(psis.values())), "gradient": case.gradient.numpy()}
     lesson = "Every Ψ has the same mean, ∇J; what remains is how many trajectories that costs."
-    table = Table(f"Ψ of S4 table 2.2: {len(case.weights):,} trajectories enumerated", rows)
-    return Study("variance", lesson, (table,), {"by_step": np.array(spread), "gradient": case.gradient.numpy()})
+    how = "enumerated" if case.samples is None else "drawn"
+    table = Table(f"Ψ of S4 table 2.2: {len(case.weights):,} trajectories {how}", rows)
+    return Study("variance", lesson, (table,), curves, case.samples)
 
 
-def _share_by_step(case: Setting, psi: Float[Tensor, "N T"]) -> np.ndarray:
-    """Total variance of the term of each step alone, relative to |∇J|²."""
-    steps = torch.eye(psi.shape[1], dtype=psi.dtype)
-    draws = (trajectory_gradients(case.data, case.policy, case.theta, psi * step) for step in steps)
-    scale = float(case.gradient.norm()) ** 2
-    return np.array([float(moments(case.weights, draw).variance) / scale for draw in draws])
+def _share_by_step(case: Setting, psis: Sequence[Float[Tensor, "N T"]]) -> Float[np.ndarray, "psis T"]:
+    """Total variance of the term of each step alone, relative to |∇J|²: E[Ψ²‖∇log π‖²] − ‖E[Ψ ∇log π]‖²."""
+    here = case.data.states[:, :-1]
+    sizes = score_table(case.policy, case.theta).square().sum(-1)[here, case.data.actions] * case.data.valid
+    states, actions = case.mdp.num_states, case.mdp.num_actions
+    found = []
+    for psi in psis:
+        totals = psi.new_zeros(psi.shape[1], states * actions)
+        weighted = (case.weights[:, None] * psi * case.data.valid).T.contiguous()
+        totals.scatter_add_(1, (here * actions + case.data.actions).T, weighted)
+        means = score_products(case.policy, case.theta, totals.view(-1, states, actions))
+        found.append(case.weights @ (psi.square() * sizes) - means.square().sum(-1))
+    return (torch.stack(found).clamp(min=0.0) / case.gradient.square().sum()).numpy()
 
 
-def bias_study(mdp: MDP, seed: int = 0) -> Study:
+def bias_study(mdp: MDP, seed: int = 0, samples: int | None = None) -> Study:
     """Where bias comes from: a dropped γ^t, a smaller γ, a wrong critic with λ < 1, the behaviour's states."""
-    case = setting(mdp, seed)
-    short = setting(mdp, seed, gamma=0.7 * mdp.gamma)
+    case = setting(mdp, seed, samples=samples)
+    short = discounted(case, 0.7 * mdp.gamma)
     rewards, zero = case.data.rewards, torch.zeros_like(case.data.rewards)
     to_go = returns.return_to_go(rewards, zero, case.discounts, case.continues)
     elapsed = returns.elapsed_discount(case.discounts, case.continues)
@@ -217,11 +130,16 @@ def bias_study(mdp: MDP, seed: int = 0) -> Study:
     ]
     lesson = "A wrong baseline costs nothing; bootstrapping from a wrong critic, or another γ, does."
     table = Table("bias of common shortcuts against the exact ∇J", rows)
-    return Study("bias", lesson, (table,), {})
+    return Study("bias", lesson, (table,), {}, case.samples)
 
 
 def gae_study(
-    mdp: MDP, seed: int = 0, critic_error: float = 0.5, batch: int = 64, gammas: Sequence[float] | None = None
+    mdp: MDP,
+    seed: int = 0,
+    critic_error: float = 0.5,
+    batch: int = 64,
+    gammas: Sequence[float] | None = None,
+    samples: int | None = None,
 ) -> Study:
     """GAE(γ, λ) with an imperfect critic against the undiscounted gradient (S4 2.3; Schulman et al. 2016).
 
@@ -231,23 +149,28 @@ def gae_study(
     """
     lambdas = np.linspace(0.0, 1.0, 21)
     grid = np.array(gammas if gammas is not None else (0.5, 0.7, 0.8, 0.9, 0.95, 1.0))
-    truth = mdp.replace(gamma=1.0)
+    truth = setting(mdp.replace(gamma=1.0), seed, samples=samples)
+    scale = float(truth.gradient.norm()) ** 2
     bias, variance = np.zeros((len(grid), len(lambdas))), np.zeros((len(grid), len(lambdas)))
-    for i, gamma in enumerate(grid):
-        case = setting(truth, seed, gamma=float(gamma))
-        scale = float(case.gradient.norm()) ** 2
-        values = _critic_error(case, seed, critic_error)
-        for j, lam in enumerate(lambdas):
-            draws = trajectory_gradients(case.data, case.policy, case.theta, _gae(case, float(lam), *values))
-            found = moments(case.weights, draws)
-            bias[i, j] = float((found.mean - case.gradient).square().sum()) / scale
-            variance[i, j] = float(found.variance) / scale
-    error = bias + variance / batch
     rows: list[Row] = []
     for i, gamma in enumerate(grid):
-        j = int(error[i].argmin())
-        row: Row = {"γ": float(gamma), "best λ": float(lambdas[j]), "error at best λ": float(error[i, j]) ** 0.5}
-        rows.append(row | {"at λ = 0": float(error[i, 0]) ** 0.5, "at λ = 1": float(error[i, -1]) ** 0.5})
+        case = discounted(truth, float(gamma))
+        values = _critic_error(case, seed, critic_error)
+
+        def draws(lam: float, case: Setting = case, values: tuple[Tensor, Tensor] = values) -> Tensor:
+            return trajectory_gradients(case.data, case.policy, case.theta, _gae(case, lam, *values))
+
+        for j, lam in enumerate(lambdas):
+            found = estimate(case, draws(float(lam)), intervals=False)
+            bias[i, j], variance[i, j] = found.bias**2 / scale, found.variance / scale
+        error = bias[i] + variance[i] / batch
+        j = int(error.argmin())
+        row: Row = {"γ": float(gamma), "best λ": float(lambdas[j]), "error at best λ": float(error[j]) ** 0.5}
+        if case.samples is not None:
+            found = estimate(case, draws(float(lambdas[j])), confidence=0.975)  # both at once hold with 95%
+            row["from"] = ((found.bias_low**2 + found.variance_low / batch) / scale) ** 0.5
+            row["to"] = ((found.bias_high**2 + found.variance_high / batch) / scale) ** 0.5
+        rows.append(row | {"at λ = 0": float(error[0]) ** 0.5, "at λ = 1": float(error[-1]) ** 0.5})
     lesson = "A small λ trusts the critic (bias), a large one the sampled rewards (variance); the best is between."
     title = f"root mean squared error / |∇J|, {batch} trajectories, critic error {critic_error:g} std of V"
     curves = {
@@ -255,10 +178,10 @@ def gae_study(
         "lambdas": lambdas,
         "bias": bias,
         "variance": variance,
-        "error": error,
+        "error": bias + variance / batch,
         "batch": np.array(batch),
     }
-    return Study("gae", lesson, (Table(title, rows),), curves)
+    return Study("gae", lesson, (Table(title, rows),), curves, truth.samples)
 
 
 def _gae(case: Setting, lam: float, values: Tensor, next_values: Tensor) -> Float[Tensor, "N T"]:
@@ -282,46 +205,62 @@ def _action_error(case: Setting, seed: int) -> Float[Tensor, "N T"]:
 # ---- baselines -----------------------------------------------------------------------------------------------------
 
 
-def baseline_study(mdp: MDP, seed: int = 0, batch: int = 8, batches: int = 40_000) -> Study:
+def baseline_study(mdp: MDP, seed: int = 0, batch: int = 8, batches: int = 40_000, samples: int | None = None) -> Study:
     """Every baseline of S3 7.4.2 and S4 2.2.4: the fixed ones exactly, those fitted on their own batch by Monte Carlo.
 
     Args:
         batch: trajectories in a batch for the fitted ones; variances are per trajectory (batch × that of the mean).
-        batches: Monte-Carlo repetitions.
+        batches: Monte-Carlo repetitions; of a sample, the batches that it splits into.
     """
-    case = setting(mdp, seed)
+    case = setting(mdp, seed, samples=samples)
     rewards, zero = case.data.rewards, torch.zeros_like(case.data.rewards)
     whole = returns.total_return(rewards, zero, case.discounts, case.continues)
     elapsed = returns.elapsed_discount(case.discounts, case.continues)
     to_go = elapsed * returns.return_to_go(rewards, zero, case.discounts, case.continues)
     scores = trajectory_gradients(case.data, case.policy, case.theta, torch.ones_like(rewards))
-    root = case.weights.sqrt()  # minimum_variance takes equal weights: give each trajectory its share through its score
-    mean = case.weights @ whole[:, 0]
-    best = baselines.minimum_variance(root[:, None] * scores, whole[:, 0])
-    each = baselines.minimum_variance(root[:, None] * scores, whole[:, 0], per_parameter=True)
-    by_time = (case.weights @ (to_go * case.data.valid)) / (case.weights @ case.data.valid.double()).clamp(min=1e-300)
+    mean, best, each, by_time = _fixed_baselines(another(case, seed + 5))  # fitted on trajectories of their own
     rows = [
         measure(case, "none (total return)", whole),
         measure(case, "mean return E[R]", whole - mean),
         measure(case, "minimum variance, scalar", whole - best),
-        _row("minimum variance, per parameter", *moments(case.weights, scores * (whole[:, :1] - each)), case.gradient),
+        describe(case, "minimum variance, per parameter", scores * (whole[:, :1] - each)),
         measure(case, "return to go, none", to_go),
         measure(case, "return to go − b(t)", to_go - by_time),
         measure(case, "return to go − V(s)", to_go - elapsed * case.values),
     ]
-    exact = Table("fixed baselines, exact", rows)
+    fixed = Table("fixed baselines" if case.samples else "fixed baselines, exact", rows)
     return Study(
         "baselines",
         "Baselines that know the batch's own actions shrink the gradient by 1 − 1/N; leave-one-out does not.",
-        (exact, _fitted(case, whole[:, 0], scores, seed, batch, batches)),
+        (fixed, _fitted(case, whole[:, 0], scores, seed, batch, batches)),
         {"batch": np.array(batch)},
+        case.samples,
     )
+
+
+def _fixed_baselines(case: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E[R], the best scalar, the best per parameter, and the mean return to go of each step."""
+    rewards, zero = case.data.rewards, torch.zeros_like(case.data.rewards)
+    whole = returns.total_return(rewards, zero, case.discounts, case.continues)[:, 0]
+    elapsed = returns.elapsed_discount(case.discounts, case.continues)
+    to_go = elapsed * returns.return_to_go(rewards, zero, case.discounts, case.continues)
+    scores = trajectory_gradients(case.data, case.policy, case.theta, torch.ones_like(rewards))
+    root = case.weights.sqrt()  # minimum_variance takes equal weights: give each trajectory its share through its score
+    best = baselines.minimum_variance(root[:, None] * scores, whole)
+    each = baselines.minimum_variance(root[:, None] * scores, whole, per_parameter=True)
+    by_time = (case.weights @ (to_go * case.data.valid)) / (case.weights @ case.data.valid.double()).clamp(min=1e-300)
+    return case.weights @ whole, best, each, by_time
 
 
 def _fitted(case: Setting, gains: Tensor, scores: Tensor, seed: int, batch: int, batches: int) -> Table:
     """Baselines computed from the batch that they correct; 95% intervals of the projection on ∇J."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.multinomial(case.weights, batch * batches, replacement=True, generator=generator).view(batches, batch)
+    if case.samples is None:
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.multinomial(case.weights, batch * batches, replacement=True, generator=generator)
+    else:
+        batches = case.samples // batch
+        index = torch.arange(batches * batch)
+    index = index.view(batches, batch)
     gain, score = gains[index], scores[index]
     psi = {
         "own batch's mean": gain - gain.mean(dim=1, keepdim=True),
@@ -354,34 +293,48 @@ def _fitted(case: Setting, gains: Tensor, scores: Tensor, seed: int, batch: int,
 # ---- importance weights --------------------------------------------------------------------------------------------
 
 
-def importance_study(mdp: MDP, seed: int = 0, distances: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)) -> Study:
+def importance_study(
+    mdp: MDP,
+    seed: int = 0,
+    distances: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0),
+    samples: int | None = None,
+) -> Study:
     """The off-policy forms of S4 2.9–2.13 as the behaviour policy moves away: bias, variance, effective sample size."""
-    case = setting(mdp, seed)
+    case = setting(mdp, seed, samples=samples)
     direction = torch.randn(len(case.theta), generator=torch.Generator().manual_seed(seed + 3), dtype=torch.float64)
     direction = direction / direction.norm()
-    zero = torch.zeros_like(case.data.rewards)
-    elapsed = returns.elapsed_discount(case.discounts, case.continues)
-    logp = log_probs(case.data, case.policy(case.theta))
+    log_target, own = case.policy(case.theta), log_probs(case.data, case.policy(case.theta)).sum(-1)
     rows: list[Row] = []
-    for distance in distances:
-        other = _setting(case.mdp, case.policy, case.theta + distance * direction, case.data, case.mdp.gamma)
-        logp_behavior = log_probs(case.data, case.policy(other.theta))
-        known = (logp, logp_behavior, case.data.rewards, case.discounts, case.continues)
+    for number, distance in enumerate(distances):
+        other = following(case, case.theta + distance * direction, seed + 6 + number)
+        log_behavior = case.policy(other.theta)
+        logp, logp_behavior = log_probs(other.data, log_target), log_probs(other.data, log_behavior)
+        rewards, zero = other.data.rewards, torch.zeros_like(other.data.rewards)
+        elapsed = returns.elapsed_discount(other.discounts, other.continues)
+        known = (logp, logp_behavior, rewards, other.discounts, other.continues)
         forms = {
             "trajectory (2.9)": importance.trajectory(*known),
             "causal (2.10)": elapsed * importance.causal(*known),
             "simplified causal (2.11)": elapsed * importance.simplified_causal(*known),
             "first order (2.13), Q of μ": elapsed * importance.first_order(logp, logp_behavior, other.q),
-            "no weights": elapsed * returns.return_to_go(case.data.rewards, zero, case.discounts, case.continues),
+            "no weights": elapsed * returns.return_to_go(rewards, zero, other.discounts, other.continues),
         }
-        share = float(1.0 / (other.weights @ (case.weights / other.weights).square()))
-        divergence = float(case.weights @ (case.weights / other.weights).log())
+        ratio = (logp - logp_behavior).sum(-1).exp()
+        share = float((other.weights @ ratio) ** 2 / (other.weights @ ratio.square()))
+        divergence = float(case.weights @ (own - log_probs(case.data, log_behavior).sum(-1)))
+        seen = other._replace(theta=case.theta, gradient=case.gradient)  # μ's trajectories, π's gradient
         for name, psi in forms.items():
-            row = measure(case, name, psi, other.weights)
+            row = measure(seen, name, psi)
             extra: Row = {"|θ − θ_μ|": distance, "KL(π‖μ) of τ, nats": divergence, "ESS / N": share}
             rows.append({"estimator": name, **extra, **{k: v for k, v in row.items() if k != "estimator"}})
     lesson = "Unbiased forms pay in variance what biased ones pay in bias; both grow with the distance."
     shape = (len(distances), len(rows) // len(distances))
     keys = {"bias": "bias / |∇J|", "std": "std / |∇J|", "distance": "|θ − θ_μ|", "ess": "ESS / N"}
     curves = {key: np.array([row[name] for row in rows], float).reshape(shape) for key, name in keys.items()}
-    return Study("importance", lesson, (Table("off-policy forms, exact", rows),), curves)
+    return Study(
+        "importance",
+        lesson,
+        (Table("off-policy forms" if case.samples else "off-policy forms, exact", rows),),
+        curves,
+        case.samples,
+    )

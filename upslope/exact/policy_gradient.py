@@ -273,9 +273,22 @@ def trajectory_gradients(
     data: Trajectories, policy: Policy, theta: Vector, psi: Float[Tensor, "N T"]
 ) -> Float[Tensor, "N d"]:
     """sum_t Psi_t grad log pi(a_t|s_t) of every trajectory: one draw of the estimator each."""
-    table = score_table(policy, theta)
     weights = psi.masked_fill(~data.valid, 0.0)
-    return torch.einsum("nt,ntd->nd", weights, table[data.states[:, :-1], data.actions])
+    states, actions = policy(theta).shape
+    where = data.states[:, :-1] * actions + data.actions
+    totals = weights.new_zeros(len(weights), states * actions).scatter_add_(1, where, weights)
+    return score_products(policy, theta, totals.view(-1, states, actions))
+
+
+def score_products(policy: Policy, theta: Vector, weights: Float[Tensor, "N S A"]) -> Float[Tensor, "N d"]:
+    """sum_{s, a} w(s, a) grad log pi(a|s) for many w at once, without the table of all scores [S, A, d].
+
+    >>> score_products(softmax_table(1, 2), torch.zeros(2), torch.tensor([[[1.0, 0.0]]]))
+    tensor([[ 0.5000, -0.5000]])
+    """
+    _, pullback = torch.func.vjp(policy, theta)
+    products: Float[Tensor, "N d"] = torch.func.vmap(pullback)(weights)[0]
+    return products
 
 
 def score_gradient(

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upslope.core import divergences, surrogates
-from upslope.exact.laboratory import Row, Study, Table, setting
+from upslope.exact.laboratory import Study, Table
 from upslope.exact.mdp import MDP
-from upslope.exact.policy_gradient import performance
+from upslope.exact.measurement import Row, random_policy
+from upslope.exact.policy_gradient import evaluate, exact_policy_gradient, performance
 
 KL_ESTIMATORS = {
     "k1 = −log r": divergences.k1,
@@ -98,7 +99,7 @@ def clip_study(mdp: MDP, seed: int = 0, clip: float = 0.2, reach: float = 4.0) -
     slopes = Table(
         f"∂L/∂log π by ratio, ε = {clip:g}", [_slopes(value, clip) for value in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 4.0)]
     )
-    tables = (slopes, Table("along ∇J on a small problem, exact", along))
+    tables = (slopes, Table("along ∇J, exact", along))
     return Study("clip", lesson, tables, curves | {f"path {name}": values for name, values in path.items()})
 
 
@@ -117,20 +118,21 @@ def _slopes(ratio: float, clip: float) -> Row:
 
 def _path(mdp: MDP, seed: int, clip: float, steps: Float[np.ndarray, " n"]) -> dict[str, np.ndarray]:
     """J, both surrogates (plus J of the old policy) and the mean KL, exactly, at θ + step·∇J/|∇J|."""
-    case = setting(mdp, seed)
-    direction, gain, visits = case.gradient / case.gradient.norm(), case.known.advantages, case.known.visits
-    start = case.policy(case.theta)
+    policy, origin = random_policy(mdp, seed)
+    gradient, start = exact_policy_gradient(mdp, policy, origin), policy(origin)
+    known = evaluate(mdp, start.exp())
+    direction, gain, visits = gradient / gradient.norm(), known.advantages, known.visits
     weights = visits[..., None] * start.exp()
-    base = float(performance(case.mdp, case.policy, case.theta))
+    base = float(performance(mdp, policy, origin))
     share = visits.sum(0) / visits.sum()
     found = []
     for step in steps:
-        theta = case.theta + float(step) * direction
-        now = case.policy(theta)
-        known = (now.expand_as(gain), start.expand_as(gain), gain)
-        plain = base + float((weights * surrogates.ratio(*known)).sum())
-        clipped = base + float((weights * surrogates.clipped_ratio(*known, clip, clip)).sum())
+        theta = origin + float(step) * direction
+        now = policy(theta)
+        args = (now.expand_as(gain), start.expand_as(gain), gain)
+        plain = base + float((weights * surrogates.ratio(*args)).sum())
+        clipped = base + float((weights * surrogates.clipped_ratio(*args, clip, clip)).sum())
         kl = float(share @ divergences.categorical_kl(start, now))
-        found.append((float(step), float(performance(case.mdp, case.policy, theta)), plain, clipped, kl))
+        found.append((float(step), float(performance(mdp, policy, theta)), plain, clipped, kl))
     names = ("step", "J", "ratio surrogate", "clipped surrogate", "KL(old‖new)")
     return dict(zip(names, np.array(found).T, strict=True))
