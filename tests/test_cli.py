@@ -360,4 +360,4 @@ def test_a_run_directory_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixt
     (run / "summary.json").unlink()
     for name, *more in (("resume",), ("eval",), ("watch", "--out", str(tmp_path / "x.gif"))):
         assert "say so yourself with --env planted:X-v0" in refused(capsys, name, run, *more)
-    done(capsys, "compare", run, "--out", tmp_path / "x.png")
+    done(capsys, "compare", run, "--out", tmp_path / "x.png", "--metric", "kl")

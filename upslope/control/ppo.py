@@ -116,7 +116,8 @@ def diagnose(
 ) -> dict[str, float]:
     """What the update did, over the whole rollout: its terms, KL[π_old || π_θ] by k3, the share of clipped ratios."""
     part = terms(theta, net, batch, config, clip_scale)
-    numbers = {**part._asdict(), "kl": divergences.k3(batch.logp_old, part.logp)}
+    numbers = {"surrogate": part.surrogate, "value_error": part.value_error, "entropy": part.entropy}
+    numbers["kl"] = divergences.k3(batch.logp_old, part.logp)
     means = {name: float(reductions.token_mean(number, batch.valid)) for name, number in numbers.items()}
     low, high = config.clip_low * clip_scale, config.clip_high * clip_scale
     clipped = surrogates.clip_fraction(part.logp, batch.logp_old, low, high, batch.valid)
