@@ -21,10 +21,9 @@ class Moments(NamedTuple):
     def normalize(
         self, values: Float[Tensor, "*batch_feature"], clip: float = 10.0, epsilon: float = 1e-8
     ) -> Float[Tensor, "*batch_feature"]:
-        """clip((x - mean) / sqrt(var + epsilon), -clip, clip), in the dtype of `values`' floating type."""
-        dtype = values.dtype if values.dtype.is_floating_point else torch.get_default_dtype()
+        """clip((x - mean) / sqrt(var + epsilon), -clip, clip), in the dtype of `values`."""
         scale = (self.variance() + epsilon).rsqrt()
-        return ((values.to(torch.float64) - self.mean) * scale).clamp(-clip, clip).to(dtype)
+        return ((values.to(torch.float64) - self.mean) * scale).clamp(-clip, clip).to(values.dtype)
 
 
 def moments(shape: tuple[int, ...]) -> Moments:

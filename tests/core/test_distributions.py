@@ -1,0 +1,141 @@
+"""Action distributions against torch.distributions, against sums over all actions, and against their own samples."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import distributions as reference
+
+from upslope.core import distributions as ours
+
+DOUBLE = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+def sizes_of(logits: tuple[torch.Tensor, ...]) -> list[int]:
+    return [part.shape[-1] for part in logits]
+
+
+PAIRS: dict[str, tuple[Any, Any, list[Any]]] = {  # ours, another of the same kind, every action
+    "categorical": (
+        ours.Categorical(normal(5)),
+        ours.Categorical(normal(5, seed=1)),
+        [torch.tensor(a) for a in range(5)],
+    ),
+    "multi-categorical": (
+        ours.MultiCategorical((normal(2), normal(3, seed=2))),
+        ours.MultiCategorical((normal(2, seed=3), normal(3, seed=4))),
+        [torch.tensor(a) for a in itertools.product(range(2), range(3))],
+    ),
+    "bernoulli": (
+        ours.Bernoulli(normal(3)),
+        ours.Bernoulli(normal(3, seed=1)),
+        [torch.tensor(a) for a in itertools.product(range(2), repeat=3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_discrete_definitions_by_summing_over_all_actions(name: str) -> None:
+    """Σ π = 1, H = -Σ π log π, KL = Σ π (log π - log q), the mode is the likeliest action."""
+    policy, other, actions = PAIRS[name]
+    logp = torch.stack([policy.log_prob(a) for a in actions])
+    logq = torch.stack([other.log_prob(a) for a in actions])
+    assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    assert policy.entropy().item() == pytest.approx(-(logp.exp() * logp).sum().item(), abs=1e-12)
+    assert policy.kl(other).item() == pytest.approx((logp.exp() * (logp - logq)).sum().item(), abs=1e-12)
+    assert policy.kl(policy).item() == pytest.approx(0.0, abs=1e-12)
+    assert torch.equal(policy.mode(), actions[int(logp.argmax())])
+    both = policy.log_prob_entropy(actions[1])
+    assert both[0].item() == pytest.approx(logp[1].item(), abs=1e-12)
+    assert both[1].item() == pytest.approx(policy.entropy().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_discrete_samples_have_the_policys_frequencies(name: str) -> None:
+    policy, _, actions = PAIRS[name]
+    n, generator = 20_000, torch.Generator().manual_seed(5)
+    draw = ours.logistic if name == "bernoulli" else ours.gumbel
+    width = sum(sizes_of(policy.logits)) if name == "multi-categorical" else policy.logits.shape[-1]
+    noise = draw((n, width), generator, DOUBLE)
+    spread = type(policy)(
+        tuple(part.expand(n, -1) for part in policy.logits)
+        if name == "multi-categorical"
+        else policy.logits.expand(n, -1)
+    )
+    samples = spread.sample(noise).reshape(n, -1)
+    counts = [int((samples == a.reshape(1, -1)).all(1).sum()) for a in actions]
+    expected = [n * policy.log_prob(a).exp().item() for a in actions]
+    assert sum(counts) == n
+    assert stats.chisquare(counts, expected, sum_check=False).pvalue > 1e-3
+
+
+def test_an_action_ruled_out_has_probability_exactly_zero() -> None:
+    policy = ours.Categorical(torch.tensor([0.0, -1e8, 1.0]))
+    assert policy.log_probs().exp()[1] == 0
+    two = ours.Categorical(torch.tensor([0.0, 1.0]))
+    assert policy.entropy().item() == pytest.approx(two.entropy().item(), abs=1e-6)
+    logits = policy.logits.clone().requires_grad_()
+    ours.Categorical(logits).entropy().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_gaussian_is_torchs() -> None:
+    mean, log_std, action = normal(4, 3), 0.3 * normal(3, seed=1), normal(4, 3, seed=2)
+    policy = ours.DiagonalGaussian(mean, log_std)
+    same = reference.Independent(reference.Normal(mean, log_std.exp().expand(4, 3)), 1)
+    torch.testing.assert_close(policy.log_prob(action), same.log_prob(action), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(policy.entropy(), same.entropy(), rtol=1e-12, atol=1e-12)
+    both = policy.log_prob_entropy(action)
+    torch.testing.assert_close(both[0], same.log_prob(action), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both[1], same.entropy(), rtol=1e-12, atol=1e-12)
+    other_mean, other_log_std = normal(4, 3, seed=3), 0.2 * normal(3, seed=4)
+    other = reference.Independent(reference.Normal(other_mean, other_log_std.exp().expand(4, 3)), 1)
+    kl = policy.kl(ours.DiagonalGaussian(other_mean, other_log_std))
+    torch.testing.assert_close(kl, reference.kl_divergence(same, other), rtol=1e-12, atol=1e-12)
+    assert torch.equal(policy.mode(), mean)
+    noise = normal(4, 3, seed=5)
+    torch.testing.assert_close(policy.sample(noise), mean + log_std.exp() * noise)
+
+
+def test_state_dependent_noise_has_the_variance_it_claims() -> None:
+    """ε = E^T x with E_ij ~ N(0, σ_ij²): Var ε_j = Σ_i x_i² σ_ij², by 100,000 draws of E."""
+    features, log_std, mean = normal(1, 4), 0.3 * normal(4, 2, seed=1), normal(1, 2, seed=2)
+    policy = ours.StateDependentGaussian(mean, features, log_std)
+    exact = (features.square() @ (2 * log_std).exp()).squeeze(0)
+    torch.testing.assert_close(policy.gaussian().log_std.exp().square().squeeze(0), exact + 1e-6)
+    n = 100_000
+    noise = ours.normal((n, 4, 2), torch.Generator().manual_seed(0), DOUBLE)
+    many = ours.StateDependentGaussian(mean.expand(n, 2), features.expand(n, 4), log_std)
+    samples = many.sample(noise)
+    np.testing.assert_allclose(samples.var(0), exact, rtol=5 * math.sqrt(2 / n))  # five standard errors
+    np.testing.assert_allclose(samples.mean(0), mean.squeeze(0), atol=5 * math.sqrt(exact.max().item() / n))
+    action = samples[:1]
+    gaussian = policy.gaussian()
+    assert torch.equal(policy.log_prob(action), gaussian.log_prob(action))
+    assert torch.equal(policy.entropy(), gaussian.entropy())
+    assert torch.equal(policy.log_prob_entropy(action)[0], gaussian.log_prob(action))
+    assert torch.equal(policy.mode(), mean)
+    shifted = ours.StateDependentGaussian(mean + 1, features, log_std)
+    assert policy.kl(shifted).item() == pytest.approx((1 / (2 * (exact + 1e-6))).sum().item(), rel=1e-9)
+
+
+def test_state_dependent_noise_sends_no_gradient_into_the_features() -> None:
+    features = normal(2, 4).requires_grad_()
+    policy = ours.StateDependentGaussian(torch.zeros(2, 2, dtype=DOUBLE), features, torch.zeros(4, 2, dtype=DOUBLE))
+    assert not policy.log_prob(normal(2, 2)).requires_grad
+
+
+def test_noise_has_its_distribution() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for draw, name in ((ours.gumbel, "gumbel_r"), (ours.logistic, "logistic"), (ours.normal, "norm")):
+        sample = draw((20_000,), generator, DOUBLE).numpy()
+        assert stats.kstest(sample, name).pvalue > 1e-3
