@@ -68,3 +68,25 @@ def test_explained_variance_by_definition() -> None:
 
 def test_moments_are_plain_data() -> None:
     assert Moments._fields == ("number", "mean", "squares")
+
+
+def test_statistics_are_kept_in_float64() -> None:
+    """Of float32 samples too, far from 0, also where a feature is one number."""
+    assert all(part.dtype == torch.float64 for part in statistics.moments((2,)))
+    samples = torch.tensor([1e6, 1e6 + 0.125, 1e6 + 0.25, 1e6 + 0.375])  # exact in float32
+    seen = statistics.observe(statistics.moments(()), samples)
+    assert seen.mean.item() == 1e6 + 0.1875
+    assert seen.variance().item() == pytest.approx(np.var([0, 0.125, 0.25, 0.375]), rel=1e-9)
+    deviations = np.array([-0.1875, -0.0625, 0.0625, 0.1875])
+    np.testing.assert_allclose(seen.normalize(samples), deviations / deviations.std(), rtol=1e-5)
+
+
+def test_what_does_not_vary_is_normalised_to_0() -> None:
+    one = statistics.observe(statistics.moments((1,)), torch.tensor([[5.0]]))
+    assert one.variance().item() == 0
+    assert one.normalize(torch.tensor([[5.0]])).item() == 0
+    assert one.normalize(torch.tensor([[6.0]]), epsilon=0.25).item() == 2  # (6 - 5) / √(0 + 0.25)
+
+
+def test_constant_targets_cannot_be_explained() -> None:
+    assert np.isnan(statistics.explained_variance(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])))
