@@ -139,3 +139,90 @@ def test_noise_has_its_distribution() -> None:
     for draw, name in ((ours.gumbel, "gumbel_r"), (ours.logistic, "logistic"), (ours.normal, "norm")):
         sample = draw((20_000,), generator, DOUBLE).numpy()
         assert stats.kstest(sample, name).pvalue > 1e-3
+
+
+BATCHED = {
+    "categorical": (
+        ours.Categorical(normal(2, 3, 5)),
+        ours.Categorical(normal(2, 3, 5, seed=1)),
+        normal(2, 3, 5, seed=9),
+    ),
+    "multi-categorical": (
+        ours.MultiCategorical((normal(2, 3, 2), normal(2, 3, 3, seed=2))),
+        ours.MultiCategorical((normal(2, 3, 2, seed=3), normal(2, 3, 3, seed=4))),
+        normal(2, 3, 5, seed=9),
+    ),
+    "bernoulli": (ours.Bernoulli(normal(2, 3, 4)), ours.Bernoulli(normal(2, 3, 4, seed=1)), normal(2, 3, 4, seed=9)),
+    "gaussian": (
+        ours.DiagonalGaussian(normal(2, 3, 4), normal(2, 3, 4, seed=2)),
+        ours.DiagonalGaussian(normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=3)),
+        normal(2, 3, 4, seed=9),
+    ),
+}
+
+
+def part(policy: Any, i: int, j: int) -> Any:
+    """The policy of one element of the batch."""
+    return type(policy)(*(tuple(x[i, j] for x in p) if isinstance(p, tuple) else p[i, j] for p in policy))
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_every_axis_but_the_last_is_batch(name: str) -> None:
+    policy, other, noise = BATCHED[name]
+    action, mode = policy.sample(noise), policy.mode()
+    found = {
+        "logp": policy.log_prob(action),
+        "entropy": policy.entropy(),
+        "kl": policy.kl(other),
+        "both0": policy.log_prob_entropy(action)[0],
+        "both1": policy.log_prob_entropy(action)[1],
+    }
+    if name != "gaussian":
+        assert action.dtype == mode.dtype == torch.int64
+    for i, j in itertools.product(range(2), range(3)):
+        one = part(policy, i, j)
+        assert torch.equal(one.sample(noise[i, j]), action[i, j])
+        assert torch.equal(one.mode(), mode[i, j])
+        expected = {
+            "logp": one.log_prob(action[i, j]),
+            "entropy": one.entropy(),
+            "kl": one.kl(part(other, i, j)),
+            "both0": one.log_prob(action[i, j]),
+            "both1": one.entropy(),
+        }
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key][i, j], value, rtol=1e-12, atol=1e-12, msg=key)
+
+
+def test_state_dependent_noise_of_a_batch_of_two_axes() -> None:
+    mean, features, log_std = normal(2, 3, 2), normal(2, 3, 4, seed=1), normal(4, 2, seed=2)
+    noise = normal(2, 3, 4, 2, seed=3)
+    found = ours.StateDependentGaussian(mean, features, log_std).sample(noise)
+    by_hand = mean + np.einsum("...f,fk,...fk->...k", features, log_std.exp(), noise)
+    torch.testing.assert_close(found, by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_bernoulli_in_single_precision_is_exact_in_double() -> None:
+    """The action's type never sets the precision of the log-probability."""
+    policy = ours.Bernoulli(normal(3))
+    action = torch.tensor([1, 0, 1], dtype=torch.int8)
+    p = torch.sigmoid(policy.logits)
+    expected = (p[0] * (1 - p[1]) * p[2]).log()
+    torch.testing.assert_close(policy.log_prob(action), expected, rtol=1e-14, atol=0)
+    assert ours.Bernoulli(torch.zeros(2)).mode().tolist() == [0, 0]  # a tie is no yes
+    assert ours.Bernoulli(torch.zeros(2)).sample(torch.zeros(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("draw", [ours.gumbel, ours.logistic, ours.normal])
+def test_noise_is_a_function_of_the_generator(draw: Any) -> None:
+    one, again = (draw((4, 2), torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, draw((4, 2), torch.Generator().manual_seed(8)))
+    assert one.dtype == torch.float32
+    assert draw((2,), torch.Generator(), DOUBLE).dtype == DOUBLE
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DOUBLE)
+    try:
+        assert draw((2,), torch.Generator()).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
