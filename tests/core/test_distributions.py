@@ -210,7 +210,9 @@ def test_bernoulli_in_single_precision_is_exact_in_double() -> None:
     expected = (p[0] * (1 - p[1]) * p[2]).log()
     torch.testing.assert_close(policy.log_prob(action), expected, rtol=1e-14, atol=0)
     assert ours.Bernoulli(torch.zeros(2)).mode().tolist() == [0, 0]  # a tie is no yes
+    assert ours.Bernoulli(torch.tensor([-0.5, 0.5, 1.5])).mode().tolist() == [0, 1, 1]
     assert ours.Bernoulli(torch.zeros(2)).sample(torch.zeros(2)).tolist() == [0, 0]
+    assert ours.Bernoulli(torch.zeros(2)).sample(torch.tensor([1.0, -1.0])).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("draw", [ours.gumbel, ours.logistic, ours.normal])
