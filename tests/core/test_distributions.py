@@ -228,3 +228,14 @@ def test_noise_is_a_function_of_the_generator(draw: Any) -> None:
         assert draw((2,), torch.Generator()).dtype == torch.float32
     finally:
         torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("method", ["log_prob", "log_prob_entropy"])
+def test_actions_of_another_shape_are_refused(name: str, method: str) -> None:
+    """They would broadcast to a matrix of log-probabilities, and nobody would notice."""
+    policy, _, noise = BATCHED[name]
+    action = policy.sample(noise)
+    for wrong in (action[:1], action.unsqueeze(-1), action[0, 0]):
+        with pytest.raises((ValueError, TypeError), match=r"action"):
+            getattr(policy, method)(wrong)

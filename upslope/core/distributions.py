@@ -3,6 +3,9 @@
 Every distribution is a `NamedTuple` of tensors. Sampling is a deterministic function of the parameters and of noise
 that the caller drew, so that a policy can be sampled inside a compiled graph and a run can be repeated exactly.
 The last axis of the parameters is the action's; every axis before it is batch.
+
+An action of another shape than the policy's is refused with a `ValueError`; NaN parameters are found where the
+log-probabilities enter a surrogate.
 """
 
 import math
@@ -60,10 +63,12 @@ class Categorical(NamedTuple):
         return torch.log_softmax(self.logits, dim=-1)
 
     def log_prob(self, action: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        _fits(action, self.logits.shape[:-1])
         return self.log_probs().gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
     def log_prob_entropy(self, action: Int[Tensor, "*batch"]) -> tuple[Tensor, Tensor]:
         """Both at once, from one softmax: what a gradient step needs."""
+        _fits(action, self.logits.shape[:-1])
         log_probs = self.log_probs()
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), _entropy(log_probs)
 
@@ -98,9 +103,11 @@ class MultiCategorical(NamedTuple):
         return [Categorical(logits) for logits in self.logits]
 
     def log_prob(self, action: Int[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        _fits(action, (*self.logits[0].shape[:-1], len(self.logits)))
         return sum(part.log_prob(action[..., i]) for i, part in enumerate(self._parts()))  # type: ignore[return-value]
 
     def log_prob_entropy(self, action: Int[Tensor, "*batch k"]) -> tuple[Tensor, Tensor]:
+        _fits(action, (*self.logits[0].shape[:-1], len(self.logits)))
         pairs = [part.log_prob_entropy(action[..., i]) for i, part in enumerate(self._parts())]
         return sum(p for p, _ in pairs), sum(e for _, e in pairs)  # type: ignore[return-value]
 
@@ -129,6 +136,7 @@ class Bernoulli(NamedTuple):
     logits: Float[Tensor, "*batch k"]
 
     def log_prob(self, action: Int[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        _fits(action, self.logits.shape)
         sign = 2 * action.to(self.logits.dtype) - 1
         return torch.nn.functional.logsigmoid(sign * self.logits).sum(-1)
 
@@ -162,6 +170,7 @@ class DiagonalGaussian(NamedTuple):
     log_std: Float[Tensor, "*#batch k"]
 
     def log_prob(self, action: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        _fits(action, self.mean.shape)
         z = (action - self.mean) * (-self.log_std).exp()
         return (-0.5 * z.square() - self.log_std - 0.5 * LOG_2PI).sum(-1)
 
@@ -227,6 +236,11 @@ class StateDependentGaussian(NamedTuple):
 
 
 Distribution = Categorical | MultiCategorical | Bernoulli | DiagonalGaussian | StateDependentGaussian
+
+
+def _fits(action: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(action.shape) != tuple(shape):
+        raise ValueError(f"action has shape {tuple(action.shape)}, the policy's actions have {tuple(shape)}")
 
 
 def _entropy(log_probs: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
