@@ -280,8 +280,11 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with Run("ppo", settings(directory), 10) as run:
         run.record(1, {"x": 1.0})
+        half = directory / "checkpoints" / ".partial-1"  # what the holder is writing at this moment
+        half.mkdir(parents=True)
         with pytest.raises(ValueError, match="is running already in another process"):
             Run.resume(directory, "ppo", settings(directory), 10)
+        assert half.exists()
     with (
         pytest.raises(RuntimeError, match="the simulator"),
         Run.resume(directory, "ppo", settings(directory), 10),

@@ -63,6 +63,7 @@ class Run:
         self.restored: Checkpoint | None = None
         if self.directory is not None:
             _create(self.directory, algorithm, config)
+        self._lock = _lock(self.directory) if self.directory else None
         self._open(algorithm, total_steps)
         self._untouched = True  # nothing was learned yet in the directory that was just made
 
@@ -71,6 +72,7 @@ class Run:
         """Take up a run where its newest valid checkpoint left it; `restored` holds that checkpoint."""
         run = cls.__new__(cls)
         run.config, run.directory = config.run, directory if distributed.rank() == 0 else None
+        run._lock = _lock(run.directory) if run.directory else None  # first: another process may be writing here
         if run.directory is not None:
             checkpoint.clean(directory / CHECKPOINTS)
         run.restored = checkpoint.newest(directory / CHECKPOINTS)
@@ -89,7 +91,6 @@ class Run:
         self._saved_at = time.monotonic()
         self._untouched = False
         self._resources = contextlib.ExitStack()
-        self._lock = _lock(self.directory) if self.directory else None
         self._saved_step = self.restored.step if self.restored else None
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
