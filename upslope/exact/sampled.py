@@ -182,7 +182,7 @@ def q_learning(
     >>> learned.q_values[:, 36].max(axis=1).round().tolist()  # the start: the optimum is −13
     [-13.0, -13.0, -13.0, -13.0, -13.0]
     """
-    return _control("q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
+    return _control(_greatest, mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def sarsa(
@@ -197,7 +197,7 @@ def sarsa(
     watch: Watch | None = None,
 ) -> Learned:
     """SARSA, on-policy (S&B 6.4): the next action's own value is the target. Arguments as `q_learning`."""
-    return _control("sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
+    return _control(_chosen, mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def expected_sarsa(
@@ -212,7 +212,7 @@ def expected_sarsa(
     watch: Watch | None = None,
 ) -> Learned:
     """Expected SARSA (S&B 6.6): the mean over the ε-greedy policy's next action. Arguments as `q_learning`."""
-    return _control("expected_sarsa", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
+    return _control(_expected, mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch)
 
 
 def double_q_learning(
@@ -227,13 +227,43 @@ def double_q_learning(
     watch: Watch | None = None,
 ) -> Learned:
     """Double Q-learning (van Hasselt 2010; S&B 6.7): one table chooses, the other values. Arguments as `q_learning`."""
-    return _control(
-        "double_q_learning", mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch
-    )
+    return _control(_cross_valued, mdp, episodes, generator, step_size, epsilon, runs, available, max_steps, watch, 2)
+
+
+class _Next(NamedTuple):
+    """The states that a step led to, one row a run."""
+
+    options: Float[np.ndarray, "batch A"]  # their values in the table that is updated; −∞ where not available
+    other: Float[np.ndarray, "batch A"]  # in the other table, where there are two
+    action: Int[np.ndarray, " batch"]  # what will be done there
+    legal: Bool[np.ndarray, "batch A"]
+    epsilon: float
+    generator: np.random.Generator
+
+
+def _greatest(following: _Next) -> np.ndarray:
+    return following.options.max(axis=1)
+
+
+def _chosen(following: _Next) -> np.ndarray:
+    return following.options[np.arange(len(following.action)), following.action]
+
+
+def _expected(following: _Next) -> np.ndarray:
+    options, legal, epsilon = following.options, following.legal, following.epsilon
+    top = options == options.max(axis=1, keepdims=True)
+    share = legal / legal.sum(axis=1, keepdims=True)
+    weights = epsilon * share + (1.0 - epsilon) * top / top.sum(axis=1, keepdims=True)
+    return np.where(legal, weights * np.where(legal, options, 0.0), 0.0).sum(axis=1)
+
+
+def _cross_valued(following: _Next) -> np.ndarray:
+    best = _argmax(following.options, following.generator)
+    return following.other[np.arange(len(best)), best]
 
 
 def _control(
-    rule: str,
+    ahead: Callable[[_Next], np.ndarray],
     mdp: MDP,
     episodes: int,
     generator: np.random.Generator,
@@ -243,12 +273,13 @@ def _control(
     available: Bool[np.ndarray, "S A"] | None,
     max_steps: int,
     watch: Watch | None,
+    tables: int = 1,
 ) -> Learned:
+    """ε-greedy learning in `tables` tables, one drawn to be updated; `ahead` says what the next state is worth."""
     legal = np.ones((mdp.num_states, mdp.num_actions), bool) if available is None else np.asarray(available)
     if legal.shape != (mdp.num_states, mdp.num_actions) or not legal.any(axis=1).all():
         raise ValueError(f"available: [S, A] with an action in every state is needed, got {legal.shape}")
     table = outcomes(mdp)
-    tables = 2 if rule == "double_q_learning" else 1
     q = np.where(legal, 0.0, -np.inf) + np.zeros((tables, runs, mdp.num_states, mdp.num_actions))
     counts = np.zeros(q.shape)
     returns, lengths = np.zeros((runs, episodes)), np.zeros((runs, episodes), int)
@@ -272,19 +303,9 @@ def _control(
             lengths[rows, episode] += 1
             chosen = act(rows, following)
             which = generator.integers(0, 2, len(rows)) if tables == 2 else np.zeros(len(rows), int)
-            options = q[which, rows, following]
-            if rule == "sarsa":
-                ahead = options[np.arange(len(rows)), chosen]
-            elif rule == "expected_sarsa":
-                share = legal[following] / legal[following].sum(axis=1, keepdims=True)
-                top = options == options.max(axis=1, keepdims=True)
-                weights = eps * share + (1.0 - eps) * top / top.sum(axis=1, keepdims=True)
-                ahead = np.where(legal[following], weights * np.where(legal[following], options, 0.0), 0.0).sum(axis=1)
-            elif rule == "q_learning":
-                ahead = options.max(axis=1)
-            else:
-                ahead = q[1 - which, rows, following, _argmax(options, generator)]
-            target = reward + mdp.gamma * np.where(over, 0.0, ahead)
+            options, other = q[which, rows, following], q[tables - 1 - which, rows, following]
+            worth = ahead(_Next(options, other, chosen, legal[following], eps, generator))
+            target = reward + mdp.gamma * np.where(over, 0.0, worth)
             rate = _rate(step_size, counts[which, rows, state, action])
             counts[which, rows, state, action] += 1
             q[which, rows, state, action] += rate * (target - q[which, rows, state, action])
