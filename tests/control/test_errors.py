@@ -5,8 +5,6 @@ import errno
 import logging
 import math
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,24 +283,7 @@ def test_modes_that_an_environment_lacks() -> None:
 # The disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 192 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted: {mounted.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [192], indirect=True)
 def test_a_disk_that_fills_up_during_a_run(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(PENDULUM, small_disk / "run", total_steps=64 * 6)
     save, saves = Run.save, 0

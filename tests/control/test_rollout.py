@@ -10,7 +10,7 @@ import torch
 from tests.control import worlds
 from upslope.control import environments, episodes, normalization, rollout
 from upslope.control.environments import Config
-from upslope.core import advantages, distributions, returns, statistics
+from upslope.core import advantages, distributions, returns
 
 GAMMA = 0.9
 MODES = ("disabled", "same-step", "next-step")
@@ -227,12 +227,3 @@ def test_reset_rows_do_not_enter_observation_statistics() -> None:
     assert normalizer.observation[""].mean.tolist() == [2.0, 0.0, 0.0]
     seen = normalization.observation(normalizer, torch.tensor([[3.0, 0.0, 0.0]]), config)
     assert torch.allclose(seen, torch.tensor([[1.0, 0.0, 0.0]]))
-
-
-def test_moments_merge_exactly() -> None:
-    samples = torch.from_numpy(np.random.default_rng(0).normal(1e4, 1.0, (300, 2)))
-    seen = statistics.moments((2,))
-    for part in samples.split([1, 2, 97, 200]):
-        seen = statistics.observe(seen, part)
-    np.testing.assert_allclose(seen.mean, samples.numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(seen.variance(), samples.numpy().var(0), rtol=1e-9)

@@ -98,7 +98,9 @@ class Agent(NamedTuple):
 
     def frames(self, seed: int = 0, max_steps: int = 10_000) -> Iterator[tuple[np.ndarray, float]]:
         """One deterministic episode as pictures [height, width, 3] with the return so far."""
-        modes = Single(self.environment)().metadata.get("render_modes", [])
+        blind = Single(self.environment)()
+        modes = blind.metadata.get("render_modes", [])
+        blind.close()
         if "rgb_array" not in modes:
             raise ValueError(f"{self.environment.id} cannot be filmed: its render modes are {modes or 'none'}")
         env = Single(self.environment, render_mode="rgb_array")()
