@@ -134,6 +134,30 @@ def test_state_dependent_noise_sends_no_gradient_into_the_features() -> None:
     assert not policy.log_prob(normal(2, 2)).requires_grad
 
 
+def test_squashed_state_dependent_noise_is_the_squashed_marginal() -> None:
+    """Actions drawn with matrices have the density of the squashed marginal: moments by draws and by quadrature."""
+    features, log_std = torch.tensor([[0.6, -0.8]], dtype=DOUBLE), torch.tensor([[0.1], [-0.2]], dtype=DOUBLE)
+    low, high = torch.tensor([-1.0], dtype=DOUBLE), torch.tensor([3.0], dtype=DOUBLE)
+    inner = ours.StateDependentGaussian(torch.tensor([[0.3]], dtype=DOUBLE), features, log_std)
+    policy = ours.SquashedStateDependentGaussian(inner, low, high)
+    n = 200_000
+    noise = ours.normal((n, 2, 1), torch.Generator().manual_seed(0), DOUBLE)
+    actions = ours.rescale((0.3 + (features[0, :, None] * log_std.exp() * noise).sum(1)).tanh(), low, high)
+    torch.testing.assert_close(policy.sample(noise[:1]), actions[:1], rtol=1e-12, atol=1e-12)
+    grid = torch.linspace(-1 + 1e-6, 3 - 1e-6, 200_001, dtype=DOUBLE).unsqueeze(-1)
+    density = policy.squashed()._replace(mean=inner.mean.expand(len(grid), 1)).log_prob(grid).exp()
+    assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1, abs=1e-3)
+    for moment in (1, 2):
+        exact = torch.trapezoid(density * grid[:, 0] ** moment, grid[:, 0]).item()
+        powers = actions[:, 0] ** moment
+        assert abs(powers.mean().item() - exact) < 5 * powers.std().item() / math.sqrt(n) + 1e-3
+    drawn, logp = policy.sample_log_prob(torch.tensor([[0.5]], dtype=DOUBLE))
+    torch.testing.assert_close(policy.log_prob(drawn), logp, rtol=1e-9, atol=1e-9)
+    assert policy.mode().item() == pytest.approx(1 + 2 * math.tanh(0.3), rel=1e-12)
+    shifted = policy._replace(inner=inner._replace(mean=inner.mean + 1))
+    assert policy.kl(shifted).item() == pytest.approx(inner.kl(shifted.inner).item(), rel=1e-12)
+
+
 def test_noise_has_its_distribution() -> None:
     generator = torch.Generator().manual_seed(3)
     for draw, name in ((ours.gumbel, "gumbel_r"), (ours.logistic, "logistic"), (ours.normal, "norm")):
@@ -239,3 +263,94 @@ def test_actions_of_another_shape_are_refused(name: str, method: str) -> None:
     for wrong in (action[:1], action.unsqueeze(-1), action[0, 0]):
         with pytest.raises((ValueError, TypeError), match=r"action"):
             getattr(policy, method)(wrong)
+
+
+LOW, HIGH = torch.tensor([-2.0, 0.0], dtype=DOUBLE), torch.tensor([1.0, 10.0], dtype=DOUBLE)
+
+
+def test_squashed_density_by_numbers() -> None:
+    """In one dimension the density integrates to 1 and is the slope of the distribution function P(u <= u(a))."""
+    mean, log_std, low, high = 0.3, -0.4, -2.0, 5.0
+    given = [torch.tensor([x], dtype=DOUBLE) for x in (mean, log_std, low, high)]
+    policy = ours.SquashedGaussian(*(x.expand(20_001, 1) for x in given[:2]), *given[2:])
+    action = np.linspace(low, high, 20_001)[:, None]
+    density = policy.log_prob(torch.from_numpy(action)).exp().numpy()
+    inside = np.clip(2 * (action[:, 0] - low) / (high - low) - 1, -1 + 1e-15, 1 - 1e-15)
+    cdf = stats.norm.cdf((np.arctanh(inside) - mean) / math.exp(log_std))
+    assert np.trapezoid(density, action[:, 0]) == pytest.approx(1.0, abs=1e-6)
+    slope = np.gradient(cdf, action[:, 0])
+    np.testing.assert_allclose(density[100:-100], slope[100:-100], rtol=1e-4, atol=1e-6)
+
+
+def test_squashed_samples_and_their_log_prob() -> None:
+    policy = ours.SquashedGaussian(normal(100, 2), 0.3 * normal(2, seed=1), LOW, HIGH)
+    action, logp = policy.sample_log_prob(normal(100, 2, seed=2))
+    assert torch.equal(action, policy.sample(normal(100, 2, seed=2)))
+    assert ((action > LOW) & (action < HIGH)).all()
+    torch.testing.assert_close(policy.log_prob(action), logp, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(policy.log_prob_before(policy.gaussian().sample(normal(100, 2, seed=2))), logp)
+    base = reference.Normal(policy.mean, policy.log_std.exp())
+    squashed = reference.TransformedDistribution(
+        base, [reference.TanhTransform(), reference.AffineTransform((LOW + HIGH) / 2, (HIGH - LOW) / 2)]
+    )
+    torch.testing.assert_close(squashed.log_prob(action).sum(-1), logp, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(policy.mode(), LOW + (policy.mean.tanh() + 1) * (HIGH - LOW) / 2)
+
+
+def test_squashed_samples_are_reparametrised() -> None:
+    """The slopes of action and log π in mean and log_std are those of finite differences with the noise held."""
+    noise, h = normal(2, seed=2), 1e-6
+    weight = torch.tensor([0.7, -0.2], dtype=DOUBLE)
+
+    def value(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+        action, logp = ours.SquashedGaussian(mean, log_std, LOW, HIGH).sample_log_prob(noise)
+        return (weight * action).sum() + 0.5 * logp
+
+    given = [normal(2).requires_grad_(), (0.1 * normal(2, seed=1)).requires_grad_()]
+    slopes = torch.autograd.grad(value(*given), given)
+    for which in range(2):
+        for i in range(2):
+            step = [x.detach().clone() for x in given], [x.detach().clone() for x in given]
+            step[0][which][i] += h
+            step[1][which][i] -= h
+            numeric = float(value(*step[0]) - value(*step[1])) / (2 * h)
+            assert float(slopes[which][i]) == pytest.approx(numeric, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_det_at_saturation(dtype: torch.dtype) -> None:
+    """|u| = 20, where tanh is 1 in float64: log(1 - tanh²u) = log 4 - 2|u| up to e^-40; slope -2 tanh u."""
+    u = torch.tensor([20.0, -20.0, 100.0, 0.5], dtype=dtype, requires_grad=True)
+    found = ours.log_one_minus_tanh_squared(u)
+    expected = [math.log(4) - 40, math.log(4) - 40, math.log(4) - 200, math.log(1 - math.tanh(0.5) ** 2)]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), u)
+    np.testing.assert_allclose(slope.numpy(), [-2, 2, -2, -2 * math.tanh(0.5)], rtol=1e-6)
+    one = torch.ones(1, dtype=dtype)
+    for mean in (20.0, -20.0):
+        policy = ours.SquashedGaussian(mean * one, 0 * one, -one, one)
+        action, logp = policy.sample_log_prob(0 * one)
+        assert logp.item() == pytest.approx(-0.5 * math.log(2 * math.pi) - math.log(4) + 40, rel=1e-6)
+        assert policy.log_prob(action).isfinite().all()
+        assert abs(action.item()) <= 1
+
+
+def test_squashing_keeps_the_kl() -> None:
+    """E_p[log p - log q] over actions is that of the Gaussians."""
+    mean, other = normal(2), normal(2, seed=1)
+    many = torch.randn(400_000, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(3))
+    p = ours.SquashedGaussian(mean, torch.tensor([-0.5, 0.1], dtype=DOUBLE), LOW, HIGH)
+    q = ours.SquashedGaussian(other, torch.tensor([0.2, -0.3], dtype=DOUBLE), LOW, HIGH)
+    wide = ours.SquashedGaussian(*(x.expand(400_000, 2) for x in p[:2]), LOW, HIGH)
+    u = wide.gaussian().sample(many)
+    gap = wide.log_prob_before(u) - ours.SquashedGaussian(
+        *(x.expand(400_000, 2) for x in q[:2]), LOW, HIGH
+    ).log_prob_before(u)
+    assert p.kl(q).item() == pytest.approx(gap.mean().item(), abs=5 * gap.std().item() / math.sqrt(400_000))
+    assert p.kl(p).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_squashed_action_of_another_shape_is_refused() -> None:
+    policy = ours.SquashedGaussian(normal(3, 2), normal(2), LOW, HIGH)
+    with pytest.raises(ValueError, match="action has shape"):
+        policy.log_prob(normal(3, 1))

@@ -167,6 +167,7 @@ GOOD = {
         **{"weight_noise": EYE, "bias_noise": ONE},
     },
     exploration.factorised_noise: {"input_noise": ROW, "output_noise": ROW},
+    exploration.ornstein_uhlenbeck: {"state": ROW, "noise": ROW, "pull": 0.15, "std": 0.1, "dt": 0.01},
 }
 OTHERS = {"distributions", "statistics"}  # rooms with tests of their own
 

@@ -73,3 +73,18 @@ def test_factorised_noise():
     )
     assert weights.mean().abs() < 0.05
     assert weights.square().mean().item() == pytest.approx(2 / math.pi, rel=0.1)
+
+
+def test_ornstein_uhlenbeck():
+    """From 0, x_k has mean 0 and variance s² Σ_{j<k} c^2j with c = 1 - pull dt; neighbours correlate by c."""
+    pull, std, dt, k = 0.5, 0.3, 0.1, 120
+    noise = torch.randn(k, 20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, path = torch.zeros(20_000, 1, dtype=torch.float64), []
+    for step in noise:
+        x = exploration.ornstein_uhlenbeck(x, step, pull, std, dt)
+        path.append(x)
+    c = 1 - pull * dt
+    variance = std**2 * dt * sum(c ** (2 * j) for j in range(k))
+    assert x.var().item() == pytest.approx(variance, rel=0.05)
+    assert x.mean().item() == pytest.approx(0.0, abs=5 * math.sqrt(variance / 20_000))
+    assert (path[-1] * path[-2]).mean().item() / variance == pytest.approx(c, abs=0.05)

@@ -115,3 +115,12 @@ def test_works_under_vmap_and_grad():
     torch.testing.assert_close(torch.vmap(_scan.scan)(c, x), _scan.scan(c, x))
     slope = torch.func.grad(lambda y: _scan.scan(c, y).sum())(x)
     torch.testing.assert_close(slope, torch.func.grad(lambda y: _scan.scan_loop(c, y).sum())(x))
+
+
+@pytest.mark.parametrize("time", [1, 5, 300])
+def test_mixed_precision_is_the_wider_one(time: int) -> None:
+    """float32 factors never narrow a float64 sum."""
+    torch.manual_seed(0)
+    c, x = torch.rand(2, time), torch.rand(2, time, dtype=torch.float64)
+    for function in (_scan.scan, _scan.scan_forward):
+        torch.testing.assert_close(function(c, x), function(c.double(), x), rtol=0, atol=0)

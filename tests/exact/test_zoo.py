@@ -181,6 +181,11 @@ def test_chain_and_deep_sea():
         uniform = np.full((sea.num_states, 2), 0.5)
         # reward 1 with probability 2^-N, and half of N moves right at .01/N each
         assert evaluate_policy(sea, uniform).values[0] == pytest.approx(2.0**-size - 0.005, rel=1e-9)
+        mixed = zoo.deep_sea(size, mapping_seed=1)
+        assert modified_policy_iteration(mixed).values[0] == pytest.approx(0.99, abs=1e-12)
+        assert evaluate_policy(mixed, uniform).values[0] == pytest.approx(2.0**-size - 0.005, rel=1e-9)
+        for action in (0, 1):  # no one action everywhere finds the way
+            assert evaluate_policy(mixed, np.full(mixed.num_states, action)).values[0] <= 0
 
 
 def test_an_unknown_problem_is_refused_with_a_suggestion():

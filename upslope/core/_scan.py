@@ -40,9 +40,13 @@ def scan(c: Float[Tensor, "*batch time"], x: Float[Tensor, "*batch time"]) -> Fl
     tensor([3., 4., 4.])
     """
     time = x.shape[-1]
+    if c.dtype != x.dtype:  # the solver would silently take the narrower one
+        wider = torch.promote_types(c.dtype, x.dtype)
+        c, x = c.to(wider), x.to(wider)
     if time <= 1:
         return x
-    if x.numel() <= SOLVE and x.numel() * time <= MATRIX:
+    # Compiled, the solver would be a call out of the program, and the walk is fused.
+    if not torch.compiler.is_compiling() and x.numel() <= SOLVE and x.numel() * time <= MATRIX:
         system = torch.diag_embed(-c[..., :-1], offset=1)
         return torch.linalg.solve_triangular(system, x.unsqueeze(-1), upper=True, unitriangular=True).squeeze(-1)
     if time <= WALK:

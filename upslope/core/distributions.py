@@ -235,6 +235,123 @@ class StateDependentGaussian(NamedTuple):
         return self.gaussian().kl(other.gaussian())
 
 
+class SquashedGaussian(NamedTuple):
+    """a = tanh(u), u ~ DiagonalGaussian(mean, log_std), stretched from [-1, 1] to [low, high].
+
+    log π(a) = log N(u) - Σ_i log((high_i - low_i)/2) - Σ_i log(1 - tanh²u_i) (Haarnoja et al. 2018, arXiv:1801.01290,
+    eq 21), the last term from u itself: finite where tanh u has long rounded to ±1. The entropy has no closed form;
+    -log π of a sample is an unbiased estimate of it.
+
+    >>> policy = SquashedGaussian(torch.zeros(1), torch.zeros(1), torch.tensor([-1.0]), torch.tensor([1.0]))
+    >>> round(policy.log_prob(torch.zeros(1)).item(), 4)  # that of u = 0: -½ log 2π
+    -0.9189
+    """
+
+    mean: Float[Tensor, "*batch k"]  # of u
+    log_std: Float[Tensor, "*#batch k"]  # of u
+    low: Float[Tensor, " k"]
+    high: Float[Tensor, " k"]
+
+    def gaussian(self) -> DiagonalGaussian:
+        """The distribution of u."""
+        return DiagonalGaussian(self.mean, self.log_std)
+
+    def log_prob(self, action: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        """Of an action; within rounding of a bound u is lost, and taken to be the largest that is not rounded to it."""
+        _fits(action, self.mean.shape)
+        largest = 1 - torch.finfo(self.mean.dtype).eps
+        return self.log_prob_before(unit(action, self.low, self.high).clamp(-largest, largest).atanh())
+
+    def log_prob_before(self, u: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        """log π of the action that u becomes."""
+        return self.gaussian().log_prob(u) - self._log_det(u)
+
+    def mode(self) -> Float[Tensor, "*batch k"]:
+        """The median, where u is its mean, as is usual; the density's peak may lie elsewhere."""
+        return rescale(self.mean.tanh(), self.low, self.high)
+
+    def sample(self, noise: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
+        return rescale(self.gaussian().sample(noise).tanh(), self.low, self.high)
+
+    def sample_log_prob(self, noise: Float[Tensor, "*batch k"]) -> tuple[Tensor, Tensor]:
+        """A sample and its log π, differentiable in the parameters through both."""
+        u = self.gaussian().sample(noise)
+        normal = (-0.5 * noise.square() - self.log_std - 0.5 * LOG_2PI).sum(-1)
+        return rescale(u.tanh(), self.low, self.high), normal - self._log_det(u)
+
+    def kl(self, other: "SquashedGaussian") -> Float[Tensor, "*batch"]:
+        """KL[self || other] with the same bounds: that of the Gaussians, for an invertible map keeps it."""
+        return self.gaussian().kl(other.gaussian())
+
+    def _log_det(self, u: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        return (log_one_minus_tanh_squared(u) + ((self.high - self.low) / 2).log()).sum(-1)
+
+
+class SquashedStateDependentGaussian(NamedTuple):
+    """gSDE under a tanh: a = tanh(u), u ~ StateDependentGaussian, stretched from [-1, 1] to [low, high].
+
+    Behaviour draws u with a matrix that it keeps for several steps; in an objective, where rows are independent, u's
+    marginal is all that counts: `squashed()`, a SquashedGaussian.
+
+    >>> inner = StateDependentGaussian(torch.zeros(1), torch.tensor([3.0, 4.0]), torch.zeros(2, 1))
+    >>> policy = SquashedStateDependentGaussian(inner, torch.tensor([-2.0]), torch.tensor([2.0]))
+    >>> policy.squashed().log_std.exp().item(), policy.sample(torch.zeros(2, 1)).item()
+    (5.0, 0.0)
+    """
+
+    inner: StateDependentGaussian  # of u
+    low: Float[Tensor, " k"]
+    high: Float[Tensor, " k"]
+
+    def squashed(self) -> SquashedGaussian:
+        """The marginal distribution of the action."""
+        return SquashedGaussian(*self.inner.gaussian(), self.low, self.high)
+
+    def log_prob(self, action: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+        return self.squashed().log_prob(action)
+
+    def mode(self) -> Float[Tensor, "*batch k"]:
+        return rescale(self.inner.mode().tanh(), self.low, self.high)
+
+    def sample(self, noise: Float[Tensor, "*batch f k"]) -> Float[Tensor, "*batch k"]:
+        """With a standard normal matrix that the caller keeps for several steps."""
+        return rescale(self.inner.sample(noise).tanh(), self.low, self.high)
+
+    def sample_log_prob(self, noise: Float[Tensor, "*batch k"]) -> tuple[Tensor, Tensor]:
+        """A sample of the marginal and its log π, differentiable in the parameters through both."""
+        return self.squashed().sample_log_prob(noise)
+
+    def kl(self, other: "SquashedStateDependentGaussian") -> Float[Tensor, "*batch"]:
+        return self.inner.kl(other.inner)
+
+
+def log_one_minus_tanh_squared(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(1 - tanh²u) = 2 (log 2 - u - softplus(-2u)), without the cancellation of the left side.
+
+    >>> log_one_minus_tanh_squared(torch.tensor([0.0, 20.0, -20.0]))
+    tensor([  0.0000, -38.6137, -38.6137])
+    """
+    return 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+
+
+def rescale(unit: Float[Tensor, "*batch k"], low: Float[Tensor, " k"], high: Float[Tensor, " k"]) -> Tensor:
+    """From [-1, 1] to [low, high].
+
+    >>> rescale(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([4.0]))
+    tensor([3.])
+    """
+    return low + (unit + 1) * ((high - low) / 2)
+
+
+def unit(action: Float[Tensor, "*batch k"], low: Float[Tensor, " k"], high: Float[Tensor, " k"]) -> Tensor:
+    """From [low, high] to [-1, 1].
+
+    >>> unit(torch.tensor([3.0]), torch.tensor([0.0]), torch.tensor([4.0]))
+    tensor([0.5000])
+    """
+    return (action - low) * (2 / (high - low)) - 1
+
+
 Distribution = Categorical | MultiCategorical | Bernoulli | DiagonalGaussian | StateDependentGaussian
 
 

@@ -132,6 +132,26 @@ def factorised_noise(
     return weights, outputs
 
 
+def ornstein_uhlenbeck(
+    state: Float[Tensor, "*batch k"], noise: Float[Tensor, "*batch k"], pull: Scalar, std: Scalar, dt: Scalar
+) -> Float[Tensor, "*batch k"]:
+    """The next state of noise that wanders about 0: x - pull x dt + std sqrt(dt) noise, `noise` standard normal.
+
+    Source: Uhlenbeck & Ornstein 1930, for actions Lillicrap et al. 2016 (arXiv:1509.02971) 3. Units: std in those of x
+    per sqrt(time), pull per time. Raises: ValueError on shapes that differ, negative pull or std, dt not positive, NaN
+    or infinite input.
+
+    >>> ornstein_uhlenbeck(torch.tensor([2.0]), torch.tensor([1.0]), pull=0.5, std=3.0, dt=0.25)
+    tensor([3.2500])
+    """
+    check.floats(0, state=state, noise=noise)
+    check.within(0, math.inf, pull=pull, std=std)
+    check.positive(dt=dt)
+    after = state - pull * dt * state + std * dt**0.5 * noise
+    check.finite(after, state=state, noise=noise)
+    return after
+
+
 def _progress(step: Step, duration: int) -> float | Tensor:
     _not_negative(step)
     return (step / duration).clamp(max=1.0) if isinstance(step, Tensor) else min(1.0, step / duration)

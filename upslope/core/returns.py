@@ -31,12 +31,13 @@ def boundaries(
     truncated: Bool[Tensor, "*batch time"],
     gamma: Scalar,
     lam: Scalar | Float[Tensor, "*#batch #time"],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Boundaries:
     """Where value and credit stop: discounts = gamma (1 - terminated), traces = lam (1 - terminated)(1 - truncated).
 
     A termination ends the MDP: nothing lies beyond. A truncation ends the data: the value beyond is bootstrapped, and
-    no later reward is credited. With lam = 1 the traces are `continues`. `lam` may vary per row (VAPO).
+    no later reward is credited. With lam = 1 the traces are `continues`. `lam` may vary per row (VAPO). `dtype` is
+    that of both, torch's default where it is None.
 
     Source: SPEC of the estimators in S4 2.14-2.17; Pardo et al. 2018 (arXiv:1712.00378) for time limits.
     Raises: ValueError if the flags are not boolean or differ in shape, gamma or lam not in [0, 1].
@@ -46,7 +47,7 @@ def boundaries(
     """
     check.boolean(terminated.shape, terminated=terminated, truncated=truncated)
     check.within(0, 1, gamma=gamma, lam=lam)
-    continues = ~(terminated | truncated)
+    continues, dtype = ~(terminated | truncated), dtype or torch.get_default_dtype()
     return Boundaries(gamma * (~terminated).to(dtype), lam * continues.to(dtype))
 
 

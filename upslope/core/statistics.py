@@ -78,15 +78,22 @@ def merge(one: Moments, other: Moments) -> Moments:
 
 def explained_variance(
     values: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None
-) -> float:
+) -> Float[Tensor, ""]:
     """1 - Var(target - value)/Var(target): 1 is a perfect critic, 0 one that knows the mean only, below 0 a worse one.
 
     NaN where the targets do not vary.
 
     >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
-    1.0
+    tensor(1.)
     """
-    if mask is not None:
-        values, targets = values[mask], targets[mask]
-    spread = targets.var(correction=0)
-    return float(torch.where(spread > 0, 1 - (targets - values).var(correction=0) / spread, torch.nan))
+    spread = _variance(targets, mask)
+    return torch.where(spread > 0, 1 - _variance(targets - values, mask) / spread, torch.nan)
+
+
+def _variance(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None) -> Float[Tensor, ""]:
+    """Of the elements that count; by sums, not by picking them out, so that shapes do not depend on the mask."""
+    if mask is None:
+        return x.var(correction=0)
+    count = mask.sum()
+    kept = x.masked_fill(~mask, 0.0)
+    return (kept - kept.sum() / count).masked_fill(~mask, 0.0).square().sum() / count

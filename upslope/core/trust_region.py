@@ -7,7 +7,7 @@ the true KL and the true improvement agree. What must remember is a NamedTuple w
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,14 +20,15 @@ Product = Callable[[Vector], Vector]
 
 
 def fisher_operator(
-    outputs: Callable[[Vector], Tensor | tuple[Tensor, ...]],
+    outputs: Callable[[Vector], Any],
     kl: Callable[..., Float[Tensor, ""]],
     theta: Vector,
     damping: float = 0.0,
 ) -> Product:
     """v -> (F + damping I) v at theta, with F = J^T H J: no matrix, no second derivative through the network.
 
-    `outputs(theta)` are the parameters of the policy's distributions (logits, or mean and log std) on the batch;
+    `outputs(theta)` are the parameters of the policy's distributions (logits, or mean and log std) on the batch, one
+    tensor or a tree of them, such as the distribution itself;
     `kl(old, new)` the mean KL[old, new] of two such outputs. H is its Hessian at new = old, J the outputs' Jacobian.
     F is exactly the Hessian of theta' -> kl(outputs(theta), outputs(theta')) at theta, as the KL's gradient is 0 there.
 
@@ -42,15 +43,25 @@ def fisher_operator(
     """
     check.floats(theta=theta)
     check.within(0, math.inf, damping=damping)
-    anchor, pull = torch.func.vjp(outputs, theta)
-    old = torch.utils._pytree.tree_map(torch.Tensor.detach, anchor)
-    slope = torch.func.grad(lambda new: kl(old, new))
+    flatten, unflatten = torch.utils._pytree.tree_flatten, torch.utils._pytree.tree_unflatten
+    with torch.enable_grad():  # the graphs are built once; a product only runs backwards through them
+        leaf = theta.detach().requires_grad_()
+        parts, form = flatten(outputs(leaf))
+        old, new = [part.detach() for part in parts], [part.detach().requires_grad_() for part in parts]
+        slope = torch.autograd.grad(
+            kl(unflatten(old, form), unflatten(new, form)), new, create_graph=True, allow_unused=True
+        )
+        bent = [i for i, pull in enumerate(slope) if pull is not None and parts[i].requires_grad]
+        parts, new, slope = [parts[i] for i in bent], [new[i] for i in bent], [slope[i] for i in bent]  # type: ignore
+        dual = [torch.zeros_like(part, requires_grad=True) for part in parts]
+        pulled = torch.autograd.grad(parts, leaf, dual, create_graph=True)  # J^T u, linear in u
 
     def product(vector: Vector) -> Vector:
         check.floats(vector=vector, theta=theta)
-        _, pushed = torch.func.jvp(outputs, (theta,), (vector,))
-        _, curved = torch.func.jvp(slope, (old,), (pushed,))
-        return pull(curved)[0] + damping * vector
+        pushed = torch.autograd.grad(pulled, dual, vector, retain_graph=True)  # J v: its derivative towards u
+        curved = torch.autograd.grad(slope, new, pushed, retain_graph=True)
+        (back,) = torch.autograd.grad(parts, leaf, curved, retain_graph=True)
+        return back + damping * vector
 
     return product
 
@@ -162,11 +173,11 @@ def line_search(
     evaluate: Callable[[Vector], tuple[Tensor | float, Tensor | float]],
     theta: Vector,
     step: Vector,
-    expected: float,
+    expected: float | int,
     delta: float,
     shrink: float = 0.5,
     max_backtracks: int = 10,
-    accept_ratio: float = 0.1,
+    accept_ratio: float | int = 0.1,
 ) -> LineSearch:
     """Backtracking: the first of theta + shrink^j step that keeps the KL and earns its improvement.
 

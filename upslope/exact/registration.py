@@ -13,11 +13,13 @@ from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from upslope.exact import zoo
 from upslope.exact.mdp import MDP
 from upslope.exact.sampling import draw, draw_start, outcomes
+from upslope.exact.tensors import TensorMDP
 
 IDS = {
     "Gridworld": "gridworld",
@@ -73,6 +75,11 @@ class TabularEnv(gymnasium.Env[Any, np.int64]):
         self.state, self.time = int(state[0]), self.time + 1
         terminated = bool(self._table.terminal[self.state]) or self.time == self.mdp.horizon
         return self._seen(), float(reward[0]), terminated, False, {}
+
+    def tensors(self, time_limit: int) -> TensorMDP:
+        """The problem in tensors: the same draws give the same episodes."""
+        features = None if self.features is None else torch.from_numpy(self.features)
+        return TensorMDP(self.mdp, time_limit, features)
 
     def _seen(self) -> Any:
         return self.state if self.features is None else self.features[self.state].copy()

@@ -203,25 +203,36 @@ def chain(states: int = 10, horizon: int | None = None) -> MDP:
     return MDP(transition, reward, 1.0, start, horizon, action_names=("←", "→"), shape=(1, states))
 
 
-def deep_sea(size: int = 10) -> MDP:
+def deep_sea(size: int = 10, mapping_seed: int | None = None) -> MDP:
     """bsuite's DeepSea: each step goes down a row, left or right; right costs .01/N; +1 in the far corner; γ = 1.
 
-    Only going right N times is rewarded: optimum .99; a random policy gets there with probability 2^−N.
+    Only going right N times is rewarded: optimum .99; a random policy gets there with probability 2^−N. With a
+    `mapping_seed` each state draws which of its two actions goes right, as in bsuite: otherwise a network that happens
+    to prefer one action everywhere has solved the problem before it has seen it.
+
+    >>> deep_sea(4, mapping_seed=0).num_states
+    17
     """
     cells = size * size
+    right = np.ones(cells, int)
+    if mapping_seed is not None:
+        right = np.random.default_rng(mapping_seed).integers(0, 2, cells)
     columns, reward = np.zeros((cells + 1, 2), int), np.zeros((cells + 1, 2))
     for row in range(size):
         for column in range(size):
-            for action, next_column in enumerate((max(column - 1, 0), min(column + 1, size - 1))):
-                below = (row + 1) * size + next_column
-                columns[row * size + column, action] = below if row + 1 < size else cells
-            reward[row * size + column, 1] = -0.01 / size + (row == column == size - 1)
+            state = row * size + column
+            for action in range(2):
+                goes_right = action == right[state]
+                next_column = min(column + 1, size - 1) if goes_right else max(column - 1, 0)
+                columns[state, action] = (row + 1) * size + next_column if row + 1 < size else cells
+                if goes_right:
+                    reward[state, action] = -0.01 / size + (row == column == size - 1)
     columns[cells] = cells
     transition = sp.csr_array(
         (np.ones(2 * cells + 2), columns.ravel(), np.arange(2 * cells + 3)), (2 * cells + 2, cells + 1)
     )
-    start = np.eye(cells + 1)[0]
-    return MDP(transition, reward, 1.0, start, action_names=("↙", "↘"), shape=(size, size))
+    start, names = np.eye(cells + 1)[0], ("↙", "↘") if mapping_seed is None else ("0", "1")
+    return MDP(transition, reward, 1.0, start, action_names=names, shape=(size, size))
 
 
 def random_mdp(
