@@ -425,3 +425,14 @@ print(checkpoint.fingerprint(checkpoint.newest(Path(sys.argv[1])).tensors))
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [checkpoint.fingerprint(tensors)]
+
+
+def test_cleaning_removes_segments_that_no_checkpoint_names(tmp_path: Path) -> None:
+    """What a kill between a checkpoint and its garbage collection leaves behind."""
+    one = {"a": lambda: {"x": torch.ones(2)}}
+    checkpoint.write(tmp_path, 1, {"theta": torch.zeros(1)}, {}, segments=one)
+    stray = tmp_path / checkpoint.SEGMENTS / "b.safetensors"
+    stray.write_bytes(b"of a checkpoint that is gone")
+    checkpoint.clean(tmp_path)
+    assert [path.stem for path in stray.parent.iterdir()] == ["a"]
+    assert checkpoint.newest(tmp_path) is not None

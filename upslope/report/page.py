@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from upslope.report import plots
+from upslope.report import plots, samples
 from upslope.report.bootstrap import aggregate
 from upslope.report.diagnostics import meaning, ordered, warnings
 from upslope.report.files import replacing
@@ -48,6 +48,7 @@ def render(record: Record) -> str:
         worries(warnings(record.metrics)),
         progress(record, found),
         grid(found),
+        section("Samples", samples.browser(record.path)) if (record.path / samples.SAMPLES).exists() else "",
         reproduce(record),
         checkpoints(record),
         section("Result", rows(flatten(record.summary))) if record.summary else "",

@@ -2,14 +2,19 @@
 
 A checkpoint is a directory `<step>/`. It is written under a temporary name, every file is synced, and one rename makes
 it visible; so what is visible is whole. What is damaged later is found by its checksum, and the one before it is used.
+
+What is large and only grows, a replay, is kept in segments: files that are written once, the same way, and never
+changed. Checkpoints name those that they need; one that no kept checkpoint names is removed.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +24,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-STATE, TENSORS = "state.json", "tensors.safetensors"
+STATE, TENSORS, SEGMENTS = "state.json", "tensors.safetensors", "segments"
 KEEP = 2  # the newest, and the one before it should the newest be damaged
 
 
@@ -29,14 +34,35 @@ class Checkpoint(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    segments: dict[str, Path] = {}  # noqa: RUF012 - files beside it that belong to it, whole
 
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint whose bytes are not those that were written."""
 
 
-def write(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = KEEP) -> Path:
+Segments = Mapping[str, Callable[[], dict[str, Tensor]]]  # name -> its tensors, asked for when it is first written
+
+
+def write(
+    root: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int = KEEP,
+    segments: Segments | None = None,
+    written: Mapping[str, str] | None = None,
+) -> Path:
     """Write `<root>/<step>/` atomically and durably, then remove the oldest beyond `keep`, and any of a later step.
+
+    Args:
+        root: the directory of all checkpoints.
+        step: names this one.
+        tensors: resumable state.
+        state: what describes it; the segments' checksums are added as `segments`.
+        keep: how many checkpoints stay.
+        segments: immutable parts of the state in files of their own.
+        written: checksums of segments that the run's last checkpoint named: they are not written again.
 
     Raises:
         OSError: the disk is full or not writable; nothing visible has changed and the partial directory is removed.
@@ -45,6 +71,8 @@ def write(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, An
     _remove(partial)
     try:
         partial.mkdir(parents=True)
+        checksums = _write_segments(root / SEGMENTS, segments, written or {}) if segments else {}
+        state = {**state, "segments": checksums} if checksums else state
         payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         _write_synced(partial / TENSORS, payload)
         described = {**state, "step": step, "sha256": {TENSORS: hashlib.sha256(payload).hexdigest()}}
@@ -69,7 +97,41 @@ def write(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, An
         hidden = root / f".partial-{old}"
         os.replace(root / str(old), hidden)
         _remove(hidden)
+    _collect_garbage(root)
     return final
+
+
+def _write_segments(directory: Path, segments: Segments, written: Mapping[str, str]) -> dict[str, str]:
+    """Write those that are not there yet, each whole or not at all; name -> checksum of all."""
+    checksums = {}
+    for name, tensors in segments.items():
+        if name not in written:
+            directory.mkdir(exist_ok=True)
+            partial = directory / f".partial-{name}"
+            payload = save({key: tensor.contiguous() for key, tensor in tensors().items()})
+            try:
+                _write_synced(partial, payload)
+                os.replace(partial, directory / f"{name}.safetensors")
+            except OSError:
+                _remove(partial)
+                raise
+            _sync_directory(directory)
+            checksums[name] = hashlib.sha256(payload).hexdigest()
+        else:
+            checksums[name] = written[name]
+    return checksums
+
+
+def _collect_garbage(root: Path) -> None:
+    """Remove the segments that no visible checkpoint names; of a damaged one nothing can be read."""
+    present = list((root / SEGMENTS).glob("*.safetensors"))
+    named: set[str] = set()
+    for step in steps(root) if present else ():
+        with contextlib.suppress(OSError, ValueError):
+            named |= json.loads((root / str(step) / STATE).read_text()).get("segments", {}).keys()
+    for path in present:
+        if path.stem not in named:
+            path.unlink()
 
 
 def read(root: Path, step: int) -> Checkpoint:
@@ -85,11 +147,20 @@ def read(root: Path, step: int) -> Checkpoint:
         described = {key: value for key, value in state.items() if key != "self"}
         whole = state["self"] == _digest(described) and state["sha256"][TENSORS] == hashlib.sha256(payload).hexdigest()
         whole = whole and state["step"] == step
+        segments = {name: root / SEGMENTS / f"{name}.safetensors" for name in state.get("segments", {})}
+        for name, segment in segments.items():
+            with open(segment, "rb") as file:
+                whole = whole and hashlib.file_digest(file, "sha256").hexdigest() == state["segments"][name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}: {error!r}") from error
     if not whole:
         raise DamagedCheckpointError(f"{path}: checksum mismatch")
-    return Checkpoint(step, load(payload), state)
+    return Checkpoint(step, load(payload), state, segments)
+
+
+def read_segment(path: Path) -> dict[str, Tensor]:
+    """The tensors of a segment that `read` found whole."""
+    return load(path.read_bytes())
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -114,8 +185,10 @@ def steps(root: Path) -> list[int]:
     return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit()) if root.is_dir() else []
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: dict[str, Tensor], segments: Mapping[str, str] | None = None) -> str:
     """One SHA-256 over the sorted name, dtype, shape and little-endian bytes of all resumable state.
+
+    Of segments their checksums count, which are over the same.
 
     >>> a = {"x": torch.zeros(2), "y": torch.ones(1)}
     >>> fingerprint(a) == fingerprint(dict(reversed(a.items())))
@@ -126,17 +199,20 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, checksum in sorted((segments or {}).items()):
+        digest.update(f"{name}|{checksum}|".encode())
     return digest.hexdigest()
 
 
 def clean(root: Path) -> None:
-    """Remove what a kill left behind half-written."""
+    """Remove what a kill left behind: the half-written, and segments that no checkpoint names any more."""
     for path in _partials(root):
         _remove(path)
+    _collect_garbage(root)
 
 
 def _partials(root: Path) -> Iterator[Path]:
-    return root.glob(".partial-*") if root.is_dir() else iter(())
+    return itertools.chain(root.glob(".partial-*"), (root / SEGMENTS).glob(".partial-*"))
 
 
 def _digest(described: dict[str, Any]) -> str:
@@ -159,5 +235,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    if path.is_file():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)

@@ -31,12 +31,14 @@ class Config:
     seed: int = 1
     run_dir: Path | None = None  # None: nothing is written
     checkpoint_seconds: float = 60.0  # between checkpoints; 0 writes one every iteration
+    log_interval: int = 1  # iterations between two lines of metrics
     threads: int = 1  # of torch; small networks are fastest with one
     quiet: bool = False  # no progress display
+    compile: bool | None = None  # --compile, --no-compile: gradient steps as one program; None: where it pays
 
     def __post_init__(self) -> None:
         settings.within(self, 0, None, "checkpoint_seconds")
-        settings.within(self, 1, None, "threads")
+        settings.within(self, 1, None, "threads", "log_interval")
 
 
 Options = Annotated[Config, tyro.conf.OmitArgPrefixes]  # on the command line: --seed, not --run.seed
@@ -90,8 +92,10 @@ class Run:
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
         self._untouched = False
+        self.compiled = False  # an algorithm that is says so
         self._resources = contextlib.ExitStack()
         self._saved_step = self.restored.step if self.restored else None
+        self._segments: dict[str, str] = state.get("segments", {})  # of the last checkpoint
         self._rate = (time.monotonic(), self.restored.step if self.restored else 0)
         self.metrics = metrics.Metrics(self.directory, state["offsets"]) if self.directory else None
         start = self.restored.step if self.restored else 0
@@ -138,8 +142,16 @@ class Run:
             return False
         return distributed.agreed(time.monotonic() - self._saved_at >= self.config.checkpoint_seconds)
 
-    def save(self, step: int, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        described: dict[str, Any],
+        segments: checkpoint.Segments | None = None,
+    ) -> None:
         """Write a checkpoint: `tensors` is all resumable state, `described` what a reader wants to know about it.
+
+        `segments` are immutable parts of that state, each written once.
 
         A step that has its checkpoint is not written again: replacing it could lose the only one to a kill.
         """
@@ -150,11 +162,15 @@ class Run:
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
             "world_size": distributed.world_size(),
-            "compiled": False,
+            "compiled": self.compiled,
             "versions": versions(),
             "offsets": self.metrics.offsets(),
         }
-        checkpoint.write(self.directory / CHECKPOINTS, step, tensors, state)
+        path = checkpoint.write(
+            self.directory / CHECKPOINTS, step, tensors, state, segments=segments, written=self._segments
+        )
+        if segments:
+            self._segments = json.loads((path / checkpoint.STATE).read_text())["segments"]
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def finish(self, step: int, summary: Mapping[str, Any]) -> None:
