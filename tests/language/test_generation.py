@@ -1,0 +1,122 @@
+"""Sampling: Transformers' own tokens where it is greedy, the policy's distribution where it is not."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.language import nets
+from upslope.language import batching, generation, models
+from upslope.language.generation import Sampling
+from upslope.language.models import Model
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16], [9]]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "llama-tied"])
+def test_greedy_tokens_are_generates(name: str) -> None:
+    """Prompts of four lengths, padded on the left, completions that end at different times."""
+    model = nets.model(name)
+    batch = batching.pad(PROMPTS, [[]] * 4, 0, left=True)
+
+    def by_transformers(eos: int) -> list[list[int]]:
+        return model.network.generate(
+            input_ids=batch.ids, attention_mask=batch.attention.long(), do_sample=False, max_new_tokens=12,
+            pad_token_id=0, eos_token_id=eos,
+        )[:, batch.ids.shape[1] :].tolist()  # fmt: skip
+
+    early = by_transformers(1)[0][3]  # a token that some rows meet before others serves as the end
+    for eos in (1, early):
+        found = generation.generate(
+            Model(model.network, model.tokenizer, eos, 0), PROMPTS, 1, Sampling(12, temperature=0.0), seeded()
+        ).tokens()
+        for own, whole in zip(found, by_transformers(eos), strict=True):
+            assert own == whole[: whole.index(eos) + 1 if eos in whole else 12]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_trainer_sees_the_samplers_log_probabilities(name: str) -> None:
+    model = nets.model(name)
+    done = generation.generate(model, PROMPTS, 4, Sampling(12, temperature=1.3), seeded())
+    assert generation.mismatch(model, PROMPTS, done, 1.3) < 1e-4
+    assert generation.mismatch(model, PROMPTS, done, 1.0) > 1e-2  # it is a meter: another policy shows
+
+
+def test_every_completion_comes_as_often_as_it_should() -> None:
+    """20,000 samples of a language of 15 completions: chi-square, 14 degrees of freedom, below its 0.999 quantile."""
+    from scipy import stats
+
+    model = nets.tabular()
+    done = generation.generate(model, [[2, 3]], 20_000, Sampling(nets.LENGTH), seeded(1))
+    counts = dict.fromkeys(map(tuple, nets.COMPLETIONS), 0)
+    for tokens in done.tokens():
+        counts[tuple(tokens)] += 1
+    batch = batching.pad([[2, 3]] * 15, nets.COMPLETIONS, 0)
+    with torch.no_grad():
+        p = models.log_probs(model.network, batch).sum(1).exp()
+    assert float(p.sum()) == pytest.approx(1, abs=1e-9)
+    expected = 20_000 * p.numpy()
+    observed = [counts[tuple(completion)] for completion in nets.COMPLETIONS]
+    assert stats.chisquare(observed, expected * sum(observed) / expected.sum()).pvalue > 1e-3
+    assert bool((done.finished == torch.tensor([t[-1] == 1 for t in done.tokens()])).all())
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """With the same uniform numbers a prompt alone gets the completion that it gets among others."""
+    model = nets.model()
+    together = generation.generate(model, PROMPTS, 1, Sampling(12), seeded(3)).tokens()
+    uniform = torch.rand(4, 12, generator=seeded(3), dtype=torch.float64)
+    for i, prompt in enumerate(PROMPTS):
+        ids, expected = [*prompt], []
+        for t in range(12):
+            with torch.no_grad():
+                logits = model.network(torch.tensor([ids])).logits[:, -1]
+            token = int(generation.draw(logits, uniform[i, t : t + 1], Sampling())[0])
+            ids.append(token)
+            expected.append(token)
+            if token == model.eos:
+                break
+        assert together[i] == expected
+
+
+def test_filters_leave_what_they_should() -> None:
+    logp = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    kept = lambda **how: (generation.filtered(logp, Sampling(**how))[0] > -1e9).nonzero().flatten().tolist()  # noqa: E731
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_p=0.5) == [1, 3]
+    assert kept(top_p=0.4) == [1]
+    assert kept(min_p=0.49) == [1, 2, 3]
+    assert kept(top_k=3, min_p=0.6) == [1, 3]
+    assert kept(top_p=0.0) == [1]
+
+
+def test_a_draw_inverts_the_distribution_function() -> None:
+    """p = (¼, 0, ¾): u below ¼ is the first token, the impossible one never comes, u → 1 is the last."""
+    logits = torch.tensor([[0.25, 0.0, 0.75]]).log().expand(5, 3)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.5, 1 - 1e-16], dtype=torch.float64)
+    token, logp = generation.draw(logits, uniform, Sampling())
+    assert token.tolist() == [0, 0, 2, 2, 2]
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.25, 0.25, 0.75, 0.75, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"temperature": -1.0}, "temperature is -1.0"), ({"top_p": 1.5}, "top_p is 1.5"), ({"max_new_tokens": 0}, "is 0")],
+)
+def test_settings_are_checked(changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Sampling(**changes)
+
+
+def test_completions_of_a_group_stand_together() -> None:
+    model = nets.model()
+    done = generation.generate(model, PROMPTS, 3, Sampling(6), seeded())
+    assert done.ids.shape[0] == 12
+    greedy = generation.generate(model, PROMPTS, 3, Sampling(6, temperature=0.0), seeded()).tokens()
+    for prompt in range(4):
+        assert len({tuple(row) for row in greedy[3 * prompt : 3 * prompt + 3]}) == 1
+    assert any(a != b for a, b in itertools.pairwise(greedy[::3]))

@@ -1,0 +1,171 @@
+"""What the language trainers share around their four steps: how a run starts, goes on, and ends; the optimiser."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from upslope.language import models, prompts
+from upslope.runs import run as runs
+from upslope.runs import settings
+from upslope.runs.randomness import generator
+from upslope.runs.run import Run
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW of PyTorch, with a linear warm-up and a linear (or no) decay."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup: int = 0  # iterations until the rate is full
+    anneal: bool = False  # linearly to 0 over the run
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        settings.positive(self, "learning_rate", "epsilon", "max_grad_norm")
+        settings.within(self, 0, None, "weight_decay", "warmup")
+        settings.below_one(self, "beta1", "beta2")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        betas = (self.beta1, self.beta2)
+        return torch.optim.AdamW(
+            parameters, self.learning_rate, betas, self.epsilon, self.weight_decay, foreach=True
+        )  # fmt: skip
+
+    def rate(self, iteration: int, total: int) -> float:
+        """Of an iteration, counted from 0.
+
+        >>> AdamW(learning_rate=1.0, warmup=4).rate(1, 10), AdamW(learning_rate=1.0, anneal=True).rate(5, 10)
+        (0.5, 0.5)
+        """
+        warm = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        return self.learning_rate * warm * (1 - iteration / total if self.anneal else 1.0)
+
+
+class Config(Protocol):
+    """What every language trainer's settings have."""
+
+    @property
+    def model(self) -> models.Config: ...
+    @property
+    def data(self) -> prompts.Config: ...
+    @property
+    def optimizer(self) -> AdamW: ...
+    @property
+    def run(self) -> runs.Config: ...
+    @property
+    def total_steps(self) -> int: ...
+
+
+class State(NamedTuple):
+    """Everything a resumed run needs: randomness is derived from the iteration, so no generator is among it."""
+
+    trained: nn.Module  # whose trainable parameters are learned
+    optimizer: torch.optim.AdamW
+    iteration: int
+    remembered: dict[str, float]  # numbers of the algorithm's own: a moving average, a penalty's coefficient
+
+
+def begin(trained: nn.Module, config: Config, session: Run) -> State:
+    """The state a run begins with, or the one that its checkpoint holds."""
+    named = models.trainable(trained)
+    optimizer = config.optimizer.build(named.values())
+    saved = None if session.restored is None else session.restored.tensors
+    if saved is None:
+        return State(trained, optimizer, 0, {})
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(saved[f"model.{name}"])
+            moments = {key: saved[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
+                       if f"optimizer.{key}.{name}" in saved}  # fmt: skip
+            if moments:
+                place = {"step": torch.device("cpu")}
+                optimizer.state[parameter] = {
+                    key: value.to(place.get(key, parameter.device)).clone() for key, value in moments.items()
+                }
+    numbers = {name.removeprefix("own."): float(value) for name, value in saved.items() if name.startswith("own.")}
+    return State(trained, optimizer, int(saved["iteration"]), numbers)
+
+
+def pack(state: State) -> dict[str, Tensor]:
+    """All resumable state as tensors."""
+    tensors: dict[str, Tensor] = {"iteration": torch.tensor(state.iteration)}
+    for name, parameter in models.trainable(state.trained).items():
+        tensors[f"model.{name}"] = parameter
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors | {f"own.{k}": torch.tensor(v, dtype=torch.float64) for k, v in state.remembered.items()}
+
+
+def rows_of(iteration: int, size: int, total: int, seed: int, stream: str = "data") -> list[int]:
+    """The rows that an iteration learns from: every row once an epoch, in a new random order each.
+
+    >>> sorted(rows_of(0, 2, 4, seed=1) + rows_of(1, 2, 4, seed=1))
+    [0, 1, 2, 3]
+    """
+    places = range(iteration * size, (iteration + 1) * size)
+    orders = {
+        epoch: torch.randperm(total, generator=generator(seed, stream, epoch)).tolist()
+        for epoch in {place // total for place in places}
+    }
+    return [orders[place // total][place % total] for place in places]
+
+
+def ascend(state: State, config: Config, objectives: Iterable[Callable[[], Tensor]]) -> dict[str, float]:
+    """One step uphill along the sum of these objectives, one micro-batch each; weights are moved in place.
+
+    Each must be its share of the whole batch's objective, so that the sum does not depend on how it was split.
+
+    Raises:
+        ValueError: an objective or a gradient that is not finite; the weights are as they were.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for objective in objectives:
+        value = objective()
+        total += value.item()
+        (-value).backward()
+    parameters = list(models.trainable(state.trained).values())
+    most = config.optimizer.max_grad_norm
+    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
+    if not (math.isfinite(norm) and math.isfinite(total)):
+        state.optimizer.zero_grad(set_to_none=True)
+        raise ValueError(
+            f"the objective is {total} and its gradient's norm {norm} at iteration {state.iteration}: "
+            "not finite, the weights were not changed"
+        )
+    rate = config.optimizer.rate(state.iteration, config.total_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    return {"objective": total, "grad_norm": norm, "learning_rate": rate}
+
+
+def report(session: Run, state: State, config: Config, numbers: Mapping[str, float]) -> None:
+    """An iteration's numbers to the metrics, the state to a checkpoint when one is due."""
+    if state.iteration % config.run.log_interval == 0 or state.iteration >= config.total_steps:
+        session.record(state.iteration, numbers)
+    if session.due():
+        session.save(state.iteration, pack(state), {})
+
+
+def finish(
+    session: Run,
+    state: State,
+    network: Any,
+    tokenizer: Any,
+    numbers: Mapping[str, float],
+    head: nn.Module | None = None,
+) -> None:
+    """The last checkpoint, the model for others to load, the summary."""
+    session.save(state.iteration, pack(state), {})
+    if session.directory is not None:
+        models.save(network, tokenizer, session.directory / models.MODEL, head)
+    session.finish(state.iteration, numbers)

@@ -1,0 +1,122 @@
+"""Rewards of completions: a task's own check, a function of the user's, or a reward model of ours.
+
+A function has TRL's signature `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or
+async; `None` counts as 0. Code runs only from a file that the user names.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from upslope.language import models, reward_model, tiny
+from upslope.language.prompts import Row, encode, encode_completion
+
+Reward = Callable[..., Any]
+
+
+def resolve(spec: str, source: str, seed: int) -> Reward:
+    """The reward that a specification names.
+
+    Args:
+        spec: `task`, the check of the data's task; `FILE.py:FUNCTION`; or the directory of a reward model's run.
+        source: where the prompts come from.
+        seed: of the run.
+
+    Raises:
+        ValueError: nothing of the kind is there.
+    """
+    if spec == "task":
+        return task(source)
+    path, _, name = spec.rpartition(":")
+    if path.endswith(".py"):
+        return _from_file(Path(path), name)
+    if models.is_scorer(Path(spec)):
+        return model(spec, seed)
+    raise ValueError(
+        f"reward is {spec!r}, allowed: 'task' with data task:NAME, FILE.py:FUNCTION, or the directory of a reward "
+        "model's run"
+    )
+
+
+def task(source: str) -> Reward:
+    """The check that comes with `task:NAME`."""
+    name = source.removeprefix("task:")
+    if not source.startswith("task:") or (name not in tiny.TASKS and name != "preferences"):
+        raise ValueError(
+            f"reward is 'task', but data.source is {source!r}; allowed: task:NAME with NAME of "
+            f"{', '.join([*tiny.TASKS, 'preferences'])}"
+        )
+
+    def check(
+        prompts: list[str], completions: list[str], completion_ids: Any, answer: list[str] | None = None, **_: Any
+    ) -> list[float]:
+        if name == "preferences":
+            return [tiny.vowels(completion) for completion in completions]
+        assert answer is not None
+        return [tiny.TASKS[name].reward(*each) for each in zip(prompts, completions, answer, strict=True)]
+
+    return check
+
+
+def model(directory: str, seed: int) -> Reward:
+    """A trained reward model's score of prompt and completion."""
+    scorer, loaded = models.scorer(models.Config(id=directory), seed)
+
+    def scored(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+        written = [encode(loaded, prompt) for prompt in prompts]
+        answers = [encode_completion(loaded, completion) for completion in completions]
+        return reward_model.score(scorer, loaded, written, answers).tolist()
+
+    return scored
+
+
+def _from_file(path: Path, name: str) -> Reward:
+    import importlib.util
+
+    if not path.exists():
+        raise ValueError(f"reward is '{path}:{name}': there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward is '{path}:{name}': {path} has no function {name!r}")
+    return function
+
+
+def judge(reward: Reward, rows: Sequence[Row], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+    """Rewards of completions, one for each row.
+
+    Raises:
+        ValueError: the function raised, or did not return a finite number (or None) for every completion.
+    """
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    name = getattr(reward, "__name__", "reward")
+    try:
+        found = reward(
+            prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=completion_ids, **columns
+        )
+        found = asyncio.run(_waited(found)) if inspect.isawaitable(found) else found
+    except Exception as error:
+        raise ValueError(
+            f"the reward function {name!r} raised {type(error).__name__}: {error}; nothing was trained on this batch"
+        ) from error
+    if not isinstance(found, list | tuple) or len(found) != len(completions):
+        what = f"{len(found)} values" if isinstance(found, list | tuple) else type(found).__name__
+        raise ValueError(f"the reward function {name!r} returned {what}, expected a list of {len(completions)} numbers")
+    values = [0.0 if value is None else float(value) for value in found]
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the reward function {name!r} returned {value} for completion {i}, {completions[i]!r}; allowed: finite"
+            )
+    return values
+
+
+async def _waited(found: Any) -> Any:
+    return await found
