@@ -1,5 +1,7 @@
 """Environments that go wrong on command, registered as `tests.control.faulty:Faulty-v0` and `…:Odd-v0`."""
 
+import os
+import signal
 from typing import Any
 
 import gymnasium as gym
@@ -7,7 +9,13 @@ import numpy as np
 from gymnasium import spaces
 
 LENGTH = 5  # steps of an episode
-OBSERVATION, REWARD, RESET, RAISE = 1, 2, 3, 4  # actions: what goes wrong at this step (RESET: at the next reset)
+OBSERVATION, REWARD, RESET, RAISE, KILL = (
+    1,
+    2,
+    3,
+    4,
+    5,
+)  # actions: what goes wrong at this step (RESET: at the next reset)
 
 
 class Harmless(spaces.Discrete):
@@ -44,6 +52,8 @@ class Faulty(gym.Env):
         self.broken = action == RESET
         if action == RAISE:
             raise RuntimeError("the simulator fell over")
+        if action == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
         observation = self.np_random.random(2, np.float32)
         if action == OBSERVATION:
             observation[1] = self.value

@@ -17,7 +17,7 @@ from typing import Any
 
 import upslope.control.ppo  # noqa: F401 - once, for all children
 from upslope import cli
-from upslope.control import environments
+from upslope.control import environments, replay
 from upslope.runs import checkpoint, metrics
 
 WATCHED = ("fsync", "replace", "unlink", "rmdir")
@@ -38,11 +38,11 @@ class Disk:
         checkpoint.open = self.open  # type: ignore[attr-defined]
         write = checkpoint.write
 
-        def written(root: Path, step: int, *arguments: Any) -> Any:
+        def written(root: Path, step: int, *arguments: Any, **named: Any) -> Any:
             self.saves, self.count, self.inside = self.saves + 1, 0, True
             self.operations.append([])
             self.steps.append(step)
-            result = write(root, step, *arguments)
+            result = write(root, step, *arguments, **named)
             self.inside = False
             if self.saves == self.save:  # after the last operation
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -143,6 +143,7 @@ def newest_step(directory: Path) -> int | None:
 
 
 def main(root: Path, saves: int, arguments: list[str]) -> None:
+    replay.SEGMENT_BYTES = 2**13  # 256 rows; the children are forked
     status, sent = in_child(train, [*arguments, "--run-dir", str(root / "whole")], Disk())
     assert status == 0
     operations, steps = sent

@@ -108,6 +108,21 @@ def test_cartpole_normalized(tmp_path: Path) -> None:
     check(tmp_path, flags("CartPole-v1", 4, 32, *NORMALIZED), seed=1)
 
 
+DQN = (
+    "--environment.num-envs", 2, "--network.hidden", 8, "--network.dueling", "--network.noisy", "factorised",
+    "--double", "--priority-exponent", 0.6, "--n-step", 3, "--batch-size", 8, "--learning-starts", 32,
+    "--target-interval", 100, "--log-interval", 1, "--quiet",
+)  # fmt: skip
+
+
+def dqn(
+    environment: str, length: int, capacity: int, *more: object, iterations: int = ITERATIONS
+) -> tuple[object, ...]:
+    """Everything of DQN at once on small segments: some are written, some forgotten again."""
+    size = ("--train-interval", length, "--replay-capacity", capacity, "--total-steps", iterations * 2 * length)
+    return ("dqn", "--env", environment, *DQN, *size, *more)
+
+
 SLOW = {
     "cartpole": flags("CartPole-v1", 4, 32),
     "cartpole sync next-step": flags(
@@ -122,6 +137,23 @@ SLOW = {
     "lunar lander normalized": flags("LunarLander-v3", 2, 64, *NORMALIZED),
     "bipedal walker": flags("BipedalWalker-v3", 2, 64, *RAW),
     "bipedal walker normalized": flags("BipedalWalker-v3", 2, 64, *NORMALIZED),
+    "recurrent masked next-step": flags(
+        "tests.control.recall:Gates-v0",
+        3,
+        16,
+        *NORMALIZED,
+        "--network.memory",
+        "gru",
+        "--network.memory-size",
+        4,
+        "--environment.vectorization",
+        "sync",
+        "--environment.autoreset",
+        "next-step",
+    ),
+    "dqn replayed, next-step": dqn(
+        "LunarLander-v3", 64, 900, "--normalize.observation", "--environment.autoreset", "next-step"
+    ),
     "pixels": flags("tests.control.pixels:Pixels-v0", 2, 32, "--network.cnn-features", 16, "--normalize.reward"),
 }
 
@@ -159,9 +191,24 @@ def test_killed_at_every_operation_of_the_writer(tmp_path: Path, name: str) -> N
     environment, num_envs, length, iterations = WRITER[name]
     total = iterations * num_envs * length
     size = ("--environment.num-envs", num_envs, "--rollout-length", length, "--total-steps", total)
-    arguments = [*map(str, ("ppo", "--env", environment, *size, *SMALL, *EVERY, *NORMALIZED))]
+    kill_everywhere(tmp_path, ("ppo", "--env", environment, *size, *SMALL, *EVERY, *NORMALIZED), length, iterations)
+
+
+@pytest.mark.slow
+def test_killed_at_every_operation_of_the_writer_of_segments(tmp_path: Path) -> None:
+    """Segments of 256 rows: every checkpoint adds two, the third forgets those that only the first named."""
+    kill_everywhere(tmp_path, (*dqn("CartPole-v1", 256, 600, iterations=3), "--network.noisy", "none", *EVERY), 256, 3)
+    assert list((tmp_path / "whole" / "checkpoints" / checkpoint.SEGMENTS).iterdir())
+
+
+def named(directory: Path, step: int) -> list[str]:
+    return list(checkpoint.read(directory / "checkpoints", step).segments)
+
+
+def kill_everywhere(tmp_path: Path, flags: tuple[object, ...], length: int, iterations: int) -> None:
+    arguments = [*map(str, flags)]
     driver = [sys.executable, "-m", "tests.control.killed_writer", str(tmp_path), str(SAVES), *arguments]
-    result = subprocess.run(driver, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(driver, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     names = [operation for save in told["operations"] for operation in save]
@@ -181,9 +228,13 @@ def test_killed_at_every_operation_of_the_writer(tmp_path: Path, name: str) -> N
         assert metrics(directory) == expected, where
         newest = checkpoint.newest(directory / "checkpoints")
         assert newest is not None, where
-        assert checkpoint.fingerprint(newest.tensors) == final, where
+        assert checkpoint.fingerprint(newest.tensors, newest.state.get("segments")) == final, where
         # no step before the last valid checkpoint is taken again, none after it is left out
         done = 0 if before is None else steps.index(before) + 1
         assert kill["recorded"] == steps[done:], where
         assert kill["env_steps"] == (len(steps) - done) * length, where
-        assert not list((directory / "checkpoints").glob(".partial-*")), where
+        assert not list((directory / "checkpoints").rglob(".partial-*")), where
+        segments = {path.stem for path in (directory / "checkpoints" / checkpoint.SEGMENTS).glob("*")}
+        assert segments == {
+            name for step in checkpoint.steps(directory / "checkpoints") for name in named(directory, step)
+        }

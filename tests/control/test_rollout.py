@@ -27,7 +27,10 @@ class ExactNet:
     def __init__(self, truncate: bool) -> None:
         self.truncate = truncate
         head = SimpleNamespace(state_dependent=False, noise_shape=(2,), noise=distributions.gumbel)
-        self.module = SimpleNamespace(policy=head)
+        self.module = SimpleNamespace(policy=SimpleNamespace(head=head), shared=False)
+
+    def only(self, child: str, theta: torch.Tensor, observation: torch.Tensor) -> object:
+        return self(theta, observation)[("policy", "critic").index(child)]
 
     def __call__(
         self, theta: torch.Tensor, observation: torch.Tensor
@@ -38,11 +41,18 @@ class ExactNet:
 
 
 def collect(config: Config, truncate: bool, length: int = 23, seed: int = 0) -> rollout.Rollout:
+    return collected(config, truncate, length, seed)[0]
+
+
+def collected(
+    config: Config, truncate: bool, length: int, seed: int = 0, episodes: int = 0
+) -> tuple[rollout.Rollout, rollout.World]:
     world = rollout.begin(config, PLAIN, seed)
     generator = torch.Generator().manual_seed(1)
-    data, world = rollout.collect(ExactNet(truncate), torch.zeros(1), world, length, generator, PLAIN, GAMMA)  # type: ignore
+    net, theta = ExactNet(truncate), torch.zeros(1)
+    data, world = rollout.collect(net, theta, world, length, generator, PLAIN, GAMMA, episodes)  # type: ignore
     world.envs.close()
-    return data
+    return data, world
 
 
 @pytest.mark.parametrize("truncate", [False, True])
@@ -98,11 +108,11 @@ def test_every_mode_and_vectorization_gives_the_same_rows(environment_id: str, k
 
 
 def test_next_step_rows_that_reset_are_marked_and_count_nowhere() -> None:
-    data = collect(clock("next-step", end=5), truncate=False, length=18)
+    data, world = collected(clock("next-step", end=5), truncate=False, length=18)
     assert data.valid is not None
     # 5 steps, 1 reset row, and again: rows 5, 11, 17 are resets
     assert (~data.valid).nonzero().tolist() == [[i, t] for i in range(3) for t in (5, 11, 17)]
-    assert rollout.count(data) == 3 * 15
+    assert world.steps == 3 * 15
     batch = rollout.flatten(data, data.value, data.value)
     kept = torch.cat([b.valid for b in rollout.minibatches(batch, 1, 10, torch.Generator().manual_seed(0))])  # type: ignore
     assert int(kept.sum()) == 45

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import environments, networks, normalization
+from upslope.control import environments, memory, networks, normalization
 from upslope.control.environments import Single
 from upslope.control.networks import to_tensors
 from upslope.control.normalization import Normalizer
@@ -50,14 +50,36 @@ class Agent(NamedTuple):
     action_space: spaces.Space  # of one environment
 
     def act(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
-        """Actions of the environment for raw observations: the policy's mode, or a sample where noise is given."""
-        return environments.to_space(self.action_space, self._choose(observation, noise))
+        """Actions of the environment for raw observations: the policy's mode, or a sample where noise is given.
+
+        Raises:
+            ValueError: the policy has a memory; `step` takes it and gives it back.
+        """
+        if self.begin(1) is not None:
+            raise ValueError("act: this policy has a memory; use memory = begin(n), step(observation, memory)")
+        return self.step(observation, None, noise)[0]
+
+    def begin(self, num_envs: int) -> Float[Tensor, "N M"] | None:
+        """What a policy remembers where episodes begin; None for one without a memory."""
+        return memory.start(self.net, num_envs)
+
+    def step(
+        self, observation: Any, remembered: Float[Tensor, "N M"] | None, noise: Tensor | None = None
+    ) -> tuple[np.ndarray, Float[Tensor, "N M"] | None]:
+        """As `act`, with the memory before and after; its row is set to 0 where a new episode begins."""
+        action, after = self._choose(observation, remembered, noise)
+        return environments.to_space(self.action_space, action), after
 
     @torch.no_grad()
-    def _choose(self, observation: Any, noise: Tensor | None = None) -> np.ndarray:
+    def _choose(
+        self, observation: Any, remembered: Tensor | None, noise: Tensor | None = None
+    ) -> tuple[np.ndarray, Tensor | None]:
         seen = normalization.observation(self.normalizer, to_tensors(observation), self.normalize)
-        policy = self.net(self.theta, seen)[0]
-        return (policy.mode() if noise is None else policy.sample(noise)).numpy()
+        if remembered is None:
+            policy, after = self.net.only("policy", self.theta, seen), None
+        else:
+            policy, _, after = memory.step(self.net, self.theta, seen, remembered)
+        return (policy.mode() if noise is None else policy.sample(noise)).numpy(), after
 
     def evaluate(self, episodes: int = 100, seed: int = 0, deterministic: bool = True) -> Evaluation:
         """Play whole episodes with seeds of their own, the policy and its statistics frozen; rewards are the raw ones.
@@ -73,16 +95,18 @@ class Agent(NamedTuple):
             raise ValueError(f"episodes is {episodes}, allowed: 1 or more")
         count = min(episodes, 16)
         how: Literal["envpool", "sync"] = "envpool" if self.environment.vectorization == "envpool" else "sync"
-        config = replace(self.environment, num_envs=count, vectorization=how, autoreset="disabled")
+        config = replace(self.environment, num_envs=count, vectorization=how, autoreset="disabled", group_size=1)
         envs, observation = environments.make(config, derive(seed, "evaluate"))
         share = np.array([episodes // count + (i < episodes % count) for i in range(count)])
         played, total, length = np.zeros(count, int), np.zeros(count), np.zeros(count, int)
         returns, lengths = [], []
-        head: networks.Head = self.net.module.policy  # type: ignore[assignment]
-        random = generator(seed, "evaluate", "noise")
+        head: networks.Head = self.net.module.policy.head  # type: ignore[assignment, union-attr]
+        random, remembered = generator(seed, "evaluate", "noise"), self.begin(count)
         while (played < share).any():
             noise = None if deterministic else head.noise((count, *head.noise_shape), random)
-            step = envs.step(self._choose(observation, noise))
+            action, remembered = self._choose(observation, remembered, noise)
+            step = envs.step(action)
+            remembered = memory.forget(remembered, step.ended if step.valid is None else ~step.valid)
             if length.max() >= MAX_LENGTH:
                 raise ValueError(f"{self.environment.id}: an episode did not end within {MAX_LENGTH:,} steps")
             total, length = total + step.reward, length + (1 if step.valid is None else step.valid)
@@ -105,13 +129,13 @@ class Agent(NamedTuple):
             raise ValueError(f"{self.environment.id} cannot be filmed: its render modes are {modes or 'none'}")
         env = Single(self.environment, render_mode="rgb_array")()
         observation, _ = env.reset(seed=derive(seed, "watch") % 2**31)
-        total, over = 0.0, False
+        total, over, remembered = 0.0, False, self.begin(1)
         yield np.asarray(env.render()), total
         for _ in range(max_steps):
             if over:
                 break
-            action = self.act(_batch_of_one(observation))[0]
-            observation, reward, terminated, truncated, _ = env.step(action)
+            actions, remembered = self.step(_batch_of_one(observation), remembered)
+            observation, reward, terminated, truncated, _ = env.step(actions[0])
             total, over = total + float(reward), terminated or truncated
             yield np.asarray(env.render()), total
         env.close()
@@ -137,8 +161,7 @@ def load(config: Any, directory: Path) -> Agent:
     if saved is None:
         raise ValueError(f"{directory} has no checkpoint yet")
     observation_space, action_space, _ = environments.describe(config.environment)
-    module = networks.actor_critic(observation_space, action_space, config.network, seed=0)
-    net = Net(module)
+    net = Net(config.network.build(observation_space, action_space, seed=0))
     if saved.state["layout"] != net.layout.table():
         raise ValueError(f"{directory}: the checkpoint's parameters do not fit the network of its configuration")
     normalizer = normalization.unpack(distributed.own("world", saved.tensors, 0), observation_space, config.normalize)

@@ -20,9 +20,10 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 
-from upslope.control import atari, episodes, networks
+from upslope.control import atari, episodes, masks, networks, tensor_environments
 from upslope.control.atari import Atari
 from upslope.control.envpool import EnvPool
+from upslope.control.tensor_vector import TensorVector
 from upslope.runs import settings
 from upslope.runs.randomness import derive
 
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 STEP_TIMEOUT = 60.0  # seconds a worker process may take for one step before it counts as hung
 
 Observation = np.ndarray | dict[str, np.ndarray]
-Kind = Literal["episodes", "native", "pool"]  # Gymnasium's, seeded and replayed; the id's own vector; EnvPool's
+# Gymnasium's, seeded and replayed; the id's own vector; EnvPool's; tensors
+Kind = Literal["episodes", "native", "pool", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,23 @@ class Config:
 
     id: Annotated[str, tyro.conf.arg(aliases=("--env",))] = "CartPole-v1"
     num_envs: int = 8
-    vectorization: Literal["auto", "native", "sync", "async", "envpool"] = "auto"
+    vectorization: Literal["auto", "native", "sync", "async", "envpool", "tensor"] = "auto"
     autoreset: Literal["disabled", "same-step", "next-step"] = "disabled"  # of sync and async
     atari: Atari | None = None  # its preprocessing
     kwargs: dict[str, Any] = field(default_factory=dict)  # for gymnasium.make
+    group_size: int = 1  # environments in a row whose episodes have the same reset seeds
+    action_mask: masks.Source = "none"  # where the environment gives its mask, if not in a Dict observation
 
     def __post_init__(self) -> None:
-        settings.within(self, 1, None, "num_envs")
+        settings.within(self, 1, None, "num_envs", "group_size")
+        if self.num_envs % self.group_size and self.group_size > 1:
+            raise ValueError(f"num_envs is {self.num_envs}, allowed: multiples of group_size {self.group_size}")
+        if self.group_size > 1 and self.vectorization in ("native", "envpool", "tensor"):
+            raise ValueError(f"group_size {self.group_size} needs vectorization 'auto', 'sync' or 'async'")
+        if self.atari is not None and self.vectorization == "tensor":
+            raise ValueError("environment.atari needs vectorization 'auto', 'sync' or 'async', not 'tensor'")
+        if self.action_mask != "none" and self.vectorization in ("native", "envpool", "tensor"):
+            raise ValueError(f"action_mask {self.action_mask!r} needs vectorization 'auto', 'sync' or 'async'")
 
 
 class Transition(NamedTuple):
@@ -69,7 +81,7 @@ class Single:
 
     def _key(self) -> tuple[Any, ...]:
         kwargs = repr(sorted(self.config.kwargs.items()))
-        return self.config.id, self.config.atari, kwargs, self.render_mode
+        return self.config.id, self.config.atari, kwargs, self.config.action_mask, self.render_mode
 
     def __hash__(self) -> int:
         return hash(self._key())
@@ -90,7 +102,8 @@ class Single:
             raise ValueError(
                 f"environment.id {self.config.id!r} needs a package that is not installed: {error}"
             ) from error
-        return atari.preprocess(env, self.config.atari) if self.config.atari else env
+        env = atari.preprocess(env, self.config.atari) if self.config.atari else env
+        return env if self.config.action_mask == "none" else masks.Masked(env, self.config.action_mask)
 
 
 def register(environment_id: str) -> gym.envs.registration.EnvSpec:
@@ -142,6 +155,7 @@ class Environments:
         self.config, self.envs, self.seed, self.kind, self.first_index = config, envs, seed, kind, first_index
         self.num_envs = envs.num_envs
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.masked = masks.masked(self.observation_space, self.action_space)
         self.autoreset = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.episode = np.zeros(self.num_envs, dtype=np.int64)  # index of the running episode, per environment
         self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
@@ -154,6 +168,19 @@ class Environments:
         observation, infos = self._reset(derive(self.seed, "native", self.first_index) % 2**31 if native else None)
         self._lives = np.array(infos.get("lives", self._lives))
         self._refuse_non_finite(observation, None)
+        self._refuse_no_action(observation)
+        self._seen = observation
+        return observation
+
+    def restart(self) -> Observation:
+        """Begin a new episode in every environment, the same one counted from the start; running ones are left."""
+        self.episode[:] = self.episode.max() + 1
+        self.length[:], self._owed[:] = 0, False
+        options = {"episode": int(self.episode[0])} if self.kind == "episodes" else None
+        observation, infos = self._reset(None, options)
+        self._lives = np.array(infos.get("lives", self._lives))
+        self._refuse_non_finite(observation, None)
+        self._refuse_no_action(observation)
         self._seen = observation
         return observation
 
@@ -189,8 +216,24 @@ class Environments:
             lives = np.asarray(infos["lives"])
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
             self._lives = lives
+        self._refuse_no_action(observation)
         self._seen = observation
         return Transition(next_observation, observation, reward, terminated, truncated, ended, valid)
+
+    def advance(self, ended: np.ndarray, length: np.ndarray, observation: Observation) -> Observation:
+        """Take note of steps that were taken inside a program; returns what to act on next.
+
+        Args:
+            ended: [N] how many episodes ended.
+            length: [N] steps of the running ones.
+            observation: what to act on next.
+
+        Raises:
+            ValueError: a NaN or infinite observation.
+        """
+        self.episode, self.length, self._seen = self.episode + ended, length.copy(), observation
+        self._refuse_non_finite(observation, None)
+        return observation
 
     def _reset(self, seed: int | None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if isinstance(self.envs, AsyncVectorEnv):
@@ -210,7 +253,9 @@ class Environments:
         return self.envs.step(action)
 
     def _episode_seed(self, index: int) -> int:
-        return episodes.episode_seed(self.seed, self.first_index + index, int(self.episode[index]))
+        return episodes.episode_seed(
+            self.seed, (self.first_index + index) // self.config.group_size, int(self.episode[index])
+        )
 
     def _refuse_non_finite(self, observation: Observation, reward: np.ndarray | None) -> None:
         bad = _non_finite(observation) if reward is None else _non_finite(observation, reward)
@@ -226,6 +271,17 @@ class Environments:
             "nothing was trained on it, the checkpoints written so far are kept"
         )
 
+    def _refuse_no_action(self, observation: Observation) -> None:
+        if not self.masked:
+            return
+        stuck = masks.without_action(observation[masks.KEY], self.action_space) & ~self._owed
+        if stuck.any():
+            index = int(np.flatnonzero(stuck)[0])
+            raise ValueError(
+                f"{self.config.id} gave an action mask without a legal action in environment {index}, after "
+                f"{int(self.length[index])} steps of its episode {int(self.episode[index])}"
+            )
+
     def snapshot(self) -> dict[str, np.ndarray]:
         """All that is needed to stand here again, as arrays."""
         state = {"episode": self.episode, "length": self.length, "owed": self._owed, "lives": self._lives}
@@ -233,6 +289,8 @@ class Environments:
             parts = self._seen if isinstance(self._seen, dict) else {"": self._seen}
             state |= {f"seen.{name}": np.array(part) for name, part in parts.items()}
             return state | {f"native.{name}": value for name, value in episodes.native_state(self.envs).items()}
+        if isinstance(self.envs, TensorVector):
+            return state | {f"tensor.{name}": value for name, value in self.envs.snapshot().items()}
         if self.kind == "pool":
             return state
         if isinstance(self.envs, AsyncVectorEnv):
@@ -255,6 +313,8 @@ class Environments:
             episodes.restore_native(self.envs, {k[7:]: v for k, v in state.items() if k.startswith("native.")})
             parts = {k[5:]: v.copy() for k, v in state.items() if k.startswith("seen.")}
             self._seen = parts.get("", parts)
+        if isinstance(self.envs, TensorVector):
+            self._seen = self.envs.restore({k[7:]: v for k, v in state.items() if k.startswith("tensor.")})
         self.length = state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
         return self._seen
@@ -288,15 +348,26 @@ def make(
         stream = derive(seed, "pool", first_index, begun) % 2**31
         envs: VectorEnv = EnvPool(config.id, config.num_envs, stream, **config.kwargs)
         exact = False
+    elif kind == "tensor":
+        env = Single(config)()
+        networks.refuse_unsupported(env.observation_space)
+        tensor, spaces_of = tensor_environments.tensors(env), (env.observation_space, env.action_space)
+        envs, exact = TensorVector(tensor, config.num_envs, seed, first_index, *spaces_of), True
+        env.close()
     elif kind == "native":
         envs, exact = _native(config, config.num_envs)(), _native_exact(Single(config))
     else:
         factory = Single(config)
-        networks.refuse_unsupported(describe(config)[0])
+        observation_space, action_space, _ = describe(config)
+        networks.refuse_unsupported(observation_space)
+        masks.masked(observation_space, action_space)
         check = episodes.replay_check(factory)
         exact = check.exact
         shots = _snapshots(config.num_envs, start)
-        starts = [episodes.EpisodeStarts(factory, seed, first_index + i, check.fresh, s) for i, s in enumerate(shots)]
+        starts = [
+            episodes.EpisodeStarts(factory, seed, (first_index + i) // config.group_size, check.fresh, shot)
+            for i, shot in enumerate(shots)
+        ]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
         vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
         envs = vector(starts, autoreset_mode=mode)
@@ -327,12 +398,17 @@ def _kind(config: Config) -> Kind:
                 "environment.atari is for Gymnasium's games; EnvPool's own take theirs by environment.kwargs"
             )
         return "pool"
+    if config.vectorization == "tensor":
+        return "tensor"
     offered = register(config.id).vector_entry_point is not None
     if config.vectorization == "native":
         if not offered:
             raise ValueError(f"environment.vectorization 'native': {config.id} has no vector entry point")
         return "native"
-    usable = config.vectorization == "auto" and offered and config.atari is None
+    masked = config.action_mask != "none"
+    usable = (
+        config.vectorization == "auto" and offered and config.atari is None and config.group_size == 1 and not masked
+    )
     return "native" if usable and _native_exact(Single(config)) else "episodes"
 
 

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from upslope.control import masks
 from upslope.runs.randomness import derive
 
 
@@ -38,7 +39,7 @@ class Episodes(gym.Wrapper):
     Args:
         make: builds the environment.
         seed: the run's.
-        index: of this environment among the run's.
+        index: of this environment's stream of episodes among the run's.
         fresh: a new instance for every episode, for environments whose reset keeps something of the past.
         start: where to go on from; the first `reset` then replays that episode.
     """
@@ -52,15 +53,19 @@ class Episodes(gym.Wrapper):
         self._episode, self._actions, self._ended, self._used = -1, [], False, False  # type: ignore[var-annotated]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode. The seed is the wrapper's own; a seed given by the caller is not used."""
+        """Begin the next episode, or the one that `options["episode"]` counts.
+
+        The seed is the wrapper's own; a seed given by the caller is not used.
+        """
         start, self._start = self._start, None
-        self._episode = self._episode + 1 if start is None else start.episode
+        options = dict(options or {})
+        self._episode = options.pop("episode", self._episode + 1) if start is None else start.episode
         if self._fresh and self._used:
             self.env.close()
             self.env = self._make()
         self._used = True
         self._actions, self._ended = [], False
-        observation, info = self.env.reset(seed=self.episode_seed, options=options)
+        observation, info = self.env.reset(seed=self.episode_seed, options=options or None)
         for action in start.actions if start else ():
             observation, _, _, _, info = self._advance(action)
         self._ended = bool(start and start.ended)
@@ -140,9 +145,11 @@ def _play_new(make: Callable[[], gym.Env], seed: int, steps: int) -> list[bytes]
 
 def _play(env: gym.Env, seed: int, steps: int) -> list[bytes]:
     env.action_space.seed(seed)
-    trace = [_bytes(env.reset(seed=seed)[0])]
+    observation, _ = env.reset(seed=seed)
+    trace = [_bytes(observation)]
     for _ in range(steps):
-        observation, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+        action = masks.sample(env.action_space, observation)
+        observation, reward, terminated, truncated, _ = env.step(action)
         trace.append(_bytes(observation) + np.float64(reward).tobytes() + bytes([terminated, truncated]))
         if terminated or truncated:
             break

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,14 +11,27 @@ from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from upslope.control import masks, memory
+from upslope.control.memory import Remembered
 from upslope.core import distributions
 from upslope.core.distributions import Distribution
 from upslope.runs import settings
 
 Observation = Tensor | dict[str, Tensor]
 
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh; inside a compiled program by exp, to 2e-7 of it: Inductor's own takes seven times as long.
+
+    Beyond ±9 it is ±1 to float32's precision, and its derivative 0.
+    """
+    if not torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return torch.tanh(x)
+    return 1 - 2 / ((2 * x.clamp(-9.0, 9.0)).exp() + 1)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
+    "tanh": tanh,
     "relu": torch.relu,
     "elu": nn.functional.elu,
     "gelu": nn.functional.gelu,
@@ -36,13 +49,29 @@ class Config:
     orthogonal: bool = True  # gain √2, policy head 0.01, value head 1, biases 0
     log_std: float = 0.0  # initial log standard deviation of continuous actions
     state_dependent_noise: bool = False  # gSDE instead of independent noise
+    noise_interval: int = 0  # steps that gSDE keeps an exploration matrix; 0: a whole rollout
     cnn_features: int = 512
+    min_probability: float = 0.0  # floor of a discrete action's probability
+    memory: Literal["none", "lstm", "gru"] = "none"  # a recurrent cell after the linear layers
+    memory_size: int = 64  # its hidden units
+    memory_bias: float = 0.0  # first bias of the gate that keeps (f, z); 1 and more remember longer from the start
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"network.hidden is {self.hidden}, allowed: positive widths")
-        settings.within(self, 1, None, "cnn_features")
+        settings.within(self, 1, None, "cnn_features", "memory_size")
         settings.within(self, -20, 5, "log_std")
+        settings.within(self, 0, None, "noise_interval")
+        settings.below_one(self, "min_probability")
+
+    def build(self, observation_space: spaces.Space, action_space: spaces.Space, seed: int) -> nn.Module:
+        return actor_critic(observation_space, action_space, self, seed)
+
+
+class Buildable(Protocol):
+    """A network's settings. What they build has a child `policy`: observation -> what has `mode` and `sample`."""
+
+    def build(self, observation_space: spaces.Space, action_space: spaces.Space, seed: int) -> nn.Module: ...
 
 
 class NatureCNN(nn.Module):
@@ -102,19 +131,21 @@ class OneHot(nn.Module):
         columns = observation.reshape(len(observation), -1)
         if self.binary:
             return columns.to(torch.get_default_dtype())
-        parts = [
-            nn.functional.one_hot(columns[:, i].long() - first, size)
+        parts = [  # not one_hot: vmap refuses it
+            columns[:, i, None] == torch.arange(first, first + size, device=columns.device)
             for i, (size, first) in enumerate(zip(self.sizes, self.start, strict=True))
         ]
         return torch.cat(parts, -1).to(torch.get_default_dtype())
 
 
 class Dictionary(nn.Module):
-    """Each entry through its own encoder, features side by side in the order of the keys."""
+    """Each entry but the mask through its own encoder, features side by side in the order of the keys."""
 
     def __init__(self, space: spaces.Dict, features: int) -> None:
         super().__init__()
-        self.keys = sorted(space.spaces)  # any strings: a ModuleDict would refuse some
+        self.keys = sorted(set(space.spaces) - {masks.KEY})  # any strings: a ModuleDict would refuse some
+        if not self.keys:
+            raise ValueError(f"observation space {space}: there is nothing to see besides {masks.KEY!r}")
         self.encoders = nn.ModuleList(encoder(space.spaces[key], features) for key in self.keys)
         self.size = sum(part.size for part in self.encoders)
 
@@ -178,7 +209,8 @@ def initialize(module: nn.Module, gain: float) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module
 
 
@@ -210,9 +242,18 @@ class Head(nn.Module):
             shape = (features, outputs) if self.state_dependent else (outputs,)
             self.log_std = nn.Parameter(torch.full(shape, config.log_std))
         self.noise_shape = (features, outputs) if self.state_dependent else (outputs,)
+        self.noise_interval = config.noise_interval
+        self.floor = config.min_probability if self.kind == "categorical" else 0.0
+        if self.floor * outputs > 1:
+            raise ValueError(
+                f"network.min_probability is {self.floor}, allowed: at most 1/{outputs}, one part an action"
+            )
 
-    def forward(self, features: Float[Tensor, "batch features"]) -> Distribution:
-        output = self.linear(features)
+    def forward(self, features: Float[Tensor, "batch features"], mask: Tensor | None = None) -> Distribution:
+        output = masks.apply(self.linear(features), mask)
+        if self.floor:
+            floor = torch.full_like(output, self.floor) if mask is None else (mask != 0) * self.floor
+            output = masks.apply(floored(output, floor), mask)
         if self.kind == "categorical":
             return distributions.Categorical(output)
         if self.kind == "multi-categorical":
@@ -230,42 +271,132 @@ class Head(nn.Module):
         return by_kind.get(self.kind, distributions.gumbel)
 
 
+def refuse_memory(config: Config, algorithm: str) -> None:
+    """Raise a `ValueError` for a policy with a memory, where the algorithm has no use for sequences."""
+    if config.memory != "none":
+        raise ValueError(f"network.memory is {config.memory!r}, allowed with {algorithm}: 'none'")
+
+
+def floored(logits: Float[Tensor, "*batch n"], floor: float | Tensor) -> Float[Tensor, "*batch n"]:
+    """Logits of the same policy with no probability below `floor`; the others share what is left in proportion.
+
+    The gradient is the softmax's at the new probabilities, e_a - p, not that of the clip, which is 0 at the floor: an
+    action that reached the floor can come back (as in Sutton & Barto's example 13.1).
+
+    >>> floored(torch.tensor([0.0, 9.0]), 0.05).softmax(-1)
+    tensor([0.0500, 0.9500])
+    """
+    p = logits.softmax(-1)
+    low = p < floor
+    kept = torch.where(low, 0.0, p)
+    left = 1 - (low * floor).sum(-1, keepdim=True)
+    clipped = torch.where(low, floor, kept * left / kept.sum(-1, keepdim=True))
+    return logits + (clipped.log() - logits).detach()
+
+
+class Torso(nn.Module):
+    """Observation -> features: an encoder, linear layers and, with a memory, a recurrent cell.
+
+    `place` is where the states of this cell lie in a memory.
+    """
+
+    def __init__(self, space: spaces.Space, config: Config, first: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder(space, config.cnn_features)
+        self.layers = MLP(self.encoder.size, config.hidden, config.activation)  # type: ignore[arg-type]
+        size: int = config.hidden[-1] if config.hidden else self.encoder.size  # type: ignore[assignment]
+        self.cell = memory.cell(config.memory, size, config.memory_size)
+        self.size = size if self.cell is None else self.cell.size
+        self.place = slice(first, first + (0 if self.cell is None else self.cell.states * self.size))
+        if config.orthogonal:
+            initialize(self.encoder, math.sqrt(2))
+            initialize(self.layers, math.sqrt(2))
+            if self.cell is not None:
+                initialize(self.cell, 1.0)
+        if self.cell is not None and config.memory_bias:
+            self.cell.keep_longer(config.memory_bias)
+
+    def forward(self, observation: Observation | Remembered) -> Float[Tensor, "batch features"]:
+        return self.remember(observation)[0]
+
+    def remember(self, observation: Observation | Remembered) -> tuple[Float[Tensor, "batch features"], Tensor | None]:
+        """Features, and this cell's states after the last step; None without a memory."""
+        if self.cell is None:
+            return self.layers(self.encoder(observation)), None
+        if not isinstance(observation, Remembered):
+            raise ValueError("observation: a policy with a memory sees memory.Remembered, an observation and a memory")
+        features = self.layers(self.encoder(observation.rows()))
+        return memory.run(self.cell, features, observation.memory[:, self.place], observation.begins)
+
+
+class Policy(nn.Module):
+    """π(·|s), or π(·|s, memory); of illegal actions 0."""
+
+    def __init__(self, torso: Torso, head: Head, masked: bool) -> None:
+        super().__init__()
+        self.torso, self.head, self.masked = torso, head, masked
+
+    def forward(self, observation: Observation | Remembered) -> Distribution:
+        return self.act(self.torso(observation), observation)
+
+    def act(self, features: Float[Tensor, "batch features"], observation: Any) -> Distribution:
+        """The distribution that these features give, over the actions that the observation says are legal."""
+        if not self.masked:
+            return self.head(features)
+        rows = observation.rows() if isinstance(observation, Remembered) else observation
+        return self.head(features, rows[masks.KEY])
+
+
+class Critic(nn.Module):
+    """V(s); without a torso of its own, V of the policy's features."""
+
+    def __init__(self, torso: Torso | None, value: nn.Linear) -> None:
+        super().__init__()
+        self.torso, self.value = torso, value
+
+    def forward(self, observation: Any) -> Float[Tensor, " batch"]:
+        features = observation if self.torso is None else self.torso(observation)
+        return self.value(features).squeeze(-1)
+
+
 class ActorCritic(nn.Module):
-    """π(·|s) and V(s), with separate networks or one torso for both."""
+    """π(·|s) and V(s), with separate networks or one torso for both. The policy's parameters come first in θ."""
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, config: Config) -> None:
         super().__init__()
-        width = config.hidden[-1] if config.hidden else 0
-        self.actor_encoder, self.actor = _torso(observation_space, config)
         self.shared = config.shared
-        if not config.shared:
-            self.critic_encoder, self.critic = _torso(observation_space, config)
-        width = width or self.actor_encoder.size  # type: ignore[assignment]
-        self.policy = Head(action_space, width, config)
-        self.value = nn.Linear(width, 1)
+        actor = Torso(observation_space, config)
+        critic = None if config.shared else Torso(observation_space, config, first=actor.place.stop)
+        self.memory_size = (critic or actor).place.stop  # numbers per environment; 0 without a memory
+        masked = masks.masked(observation_space, action_space)
+        self.policy = Policy(actor, Head(action_space, actor.size, config), masked)
+        self.critic = Critic(critic, nn.Linear(actor.size, 1))
         if config.orthogonal:
-            initialize(self.value, 1.0)
+            initialize(self.critic.value, 1.0)
 
-    def forward(self, observation: Observation) -> tuple[Distribution, Float[Tensor, " batch"]]:
-        actor = self.actor(self.actor_encoder(observation))
-        critic = actor if self.shared else self.critic(self.critic_encoder(observation))
-        return self.policy(actor), self.value(critic).squeeze(-1)
-
-
-def _torso(space: spaces.Space, config: Config) -> tuple[nn.Module, MLP]:
-    encode = encoder(space, config.cnn_features)
-    torso = MLP(encode.size, config.hidden, config.activation)  # type: ignore[arg-type]
-    if config.orthogonal:
-        initialize(encode, math.sqrt(2))
-        initialize(torso, math.sqrt(2))
-    return encode, torso
+    def forward(self, observation: Observation | Remembered, remember: bool = False) -> tuple[Any, ...]:
+        """π and V; and, where asked for, the memory after the last step."""
+        features, after = self.policy.torso.remember(observation)
+        policy = self.policy.act(features, observation)
+        if self.critic.torso is None:
+            value = self.critic(features)
+        else:
+            own, later = self.critic.torso.remember(observation)
+            value = self.critic.value(own).squeeze(-1)
+            after = None if after is None or later is None else torch.cat([after, later], -1)
+        return (policy, value, after) if remember else (policy, value)
 
 
-def actor_critic(observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int) -> ActorCritic:
-    """An `ActorCritic` whose initial weights are a function of the seed alone; no global random state is touched."""
+def actor_critic(observation_space: spaces.Space, action_space: spaces.Space, config: Config, seed: int) -> nn.Module:
+    """An `ActorCritic` whose initial weights are a function of the seed alone."""
+    return seeded(lambda: ActorCritic(observation_space, action_space, config), seed)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module whose initial weights are a function of the seed alone; no global random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ActorCritic(observation_space, action_space, config)
+        return make()
 
 
 def to_tensors(observation: Any) -> Observation:

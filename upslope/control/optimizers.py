@@ -4,7 +4,6 @@ A configuration is a frozen dataclass with two methods: `start(theta)` gives the
 step *uphill* along a gradient. θ and the memory are updated in place and returned, as donated buffers would be.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from upslope.runs import settings
 class State(NamedTuple):
     """An optimiser's memory: steps taken, and its running averages."""
 
-    step: int
+    step: int  # inside a compiled program a float64 tensor, as learning rates are
     memory: tuple[Float[Tensor, " d"], ...]
 
 
@@ -48,9 +47,9 @@ class Adam:
         mean.lerp_(gradient, 1 - self.beta1)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         # √v̂ + ε = (√v + ε√c2)/√c2 with c2 = 1-β2^t: one vector operation less
-        root = math.sqrt(1 - self.beta2**step)
+        root = (1 - self.beta2**step) ** 0.5
         denominator = square.sqrt().add_(self.epsilon * root)
-        theta.addcdiv_(mean, denominator, value=learning_rate * root / (1 - self.beta1**step))
+        theta.addcdiv_(mean, denominator.div_(learning_rate * root / (1 - self.beta1**step)))
         return theta, State(step, (mean, square))
 
 
@@ -80,7 +79,7 @@ class RMSProp:
         square.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
         inside, outside = (self.epsilon, 0.0) if self.epsilon_inside else (0.0, self.epsilon)
         denominator = (square + inside).sqrt_().add_(outside)
-        theta.addcdiv_(gradient, denominator, value=learning_rate)
+        theta.addcdiv_(gradient, denominator.div_(learning_rate))
         return theta, State(state.step + 1, state.memory)
 
 
@@ -103,27 +102,25 @@ class SGD:
     ) -> tuple[Float[Tensor, " d"], State]:
         (velocity,) = state.memory
         velocity.mul_(self.momentum).add_(gradient)
-        theta.add_(velocity, alpha=learning_rate)
+        theta.add_(velocity * learning_rate)
         return theta, State(state.step + 1, state.memory)
 
 
 Optimizer = Adam | RMSProp | SGD
 
 
-def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> float:
+def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> Float[Tensor, ""]:
     """Scale the gradient in place to a norm of at most `max_norm`; returns the norm before, NaN if any entry is.
 
     As `torch.nn.utils.clip_grad_norm_`: scale = min(1, max_norm / (norm + 1e-6)). All of θ is one vector: one norm.
 
     >>> g = torch.tensor([3.0, 4.0])
     >>> clip_norm(g, 1.0), round(float(g.norm()), 4)
-    (5.0, 1.0)
+    (tensor(5.), 1.0)
     """
-    norm = float(torch.linalg.vector_norm(gradient))
+    norm = torch.linalg.vector_norm(gradient)
     if max_norm is not None:
-        scale = max_norm / (norm + 1e-6)
-        if scale < 1:
-            gradient.mul_(scale)
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -4,6 +4,7 @@ The papers write θ ∈ R^d, and so do the algorithm files: `net(theta, observat
 handful of vector operations, a natural gradient vector algebra, a checkpoint one tensor and a table of names.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +53,13 @@ class Net:
         self._slots = [_slot(module, segment.name) for segment in self.layout.segments]
         self._bound: Tensor | None = None
         self._gradient: Tensor | None = None
+        self._frozen: list[tuple[Tensor, nn.Module]] = []
+
+    def pure(self) -> "Net":
+        """The same function of θ with nothing bound to it: what a compiled program calls."""
+        net = copy.copy(self)
+        net._bound, net._gradient, net._frozen = None, None, []
+        return net
 
     def initial(self) -> Float[Tensor, " d"]:
         """θ as the module was initialised; padding is 0."""
@@ -85,18 +93,47 @@ class Net:
         self._bound, self._gradient = theta, gradient
         return theta
 
+    def freeze(self, theta: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """As `bind`, for another θ of the same network beside the bound one, without gradients: a target's."""
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        places = zip(self.layout.segments, self.views(theta.detach()).values(), strict=True)
+        for (owner, attribute), view in ((_slot(module, segment.name), view) for segment, view in places):
+            owner._parameters[attribute] = view  # type: ignore[assignment]
+        self._frozen.append((theta, module))
+        return theta
+
     def __call__(self, theta: Float[Tensor, " d"], *inputs: Any) -> Any:
         if theta is self._bound:
             return self.module(*inputs)
+        for frozen, module in self._frozen:
+            if theta is frozen:
+                return module(*inputs)
         return torch.func.functional_call(self.module, self.views(theta), inputs)
+
+    def part(self, child: str) -> slice:
+        """Where the parameters of one of the module's children lie in θ; they lie together."""
+        inside = [segment for segment in self.layout.segments if segment.name.startswith(f"{child}.")]
+        after = [segment.start for segment in self.layout.segments if segment.start > inside[-1].start]
+        return slice(inside[0].start, after[0] if after else self.layout.dimension)
+
+    def only(self, child: str, theta: Float[Tensor, " d"], *inputs: Any) -> Any:
+        """What one of the module's children makes of its inputs, nothing else computed."""
+        module: nn.Module = getattr(self.module, child)
+        if theta is self._bound:
+            return module(*inputs)
+        views = {n.removeprefix(f"{child}."): v for n, v in self.views(theta).items() if n.startswith(f"{child}.")}
+        return torch.func.functional_call(module, views, inputs)
 
     def gradient(
         self, objective: Callable[..., tuple[Tensor, Extra]], theta: Float[Tensor, " d"], *inputs: Any
     ) -> tuple[Float[Tensor, " d"], Tensor, Extra]:
-        """∇_θ objective(θ, *inputs) for a bound θ, with the objective's value and whatever it returns beside it.
+        """∇_θ objective(θ, *inputs), with the objective's value and whatever it returns beside it.
 
-        The gradient lies in a buffer that the next call overwrites.
+        For a bound θ the gradient lies in a buffer that the next call overwrites; inside a compiled program it is new.
         """
+        if torch.compiler.is_compiling():
+            gradient, (value, extra) = torch.func.grad_and_value(objective, has_aux=True)(theta, *inputs)
+            return gradient, value, extra
         if theta is not self._bound or self._gradient is None:
             raise ValueError("theta: gradients are taken at the tensor given to bind()")
         self._gradient.zero_()

@@ -1,0 +1,135 @@
+"""Prioritised replay of 1M transitions beside Stable-Baselines3's uniform one, and DQN's update beside its own (W4).
+
+Replay: insert one transition, sample 256, change their priorities; the peer inserts and samples. W4: CartPole, 256×256,
+batch 64, one update per step, everything counted. Medians of rounds that take turns, CPU time of one thread.
+Run: `taskset -c 0 python -m bench.replay --peer PYTHON`, a Python that has Stable-Baselines3.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+CAPACITY, BATCH, WIDTH = 1_000_000, 256, 17
+STEPS = 1_500  # environment steps of W4
+
+PEER = f"""
+import json, sys, time
+import numpy as np, torch
+from gymnasium import spaces
+torch.set_num_threads(1)
+if sys.argv[1] == "replay":
+    from stable_baselines3.common.buffers import ReplayBuffer
+    buffer = ReplayBuffer({CAPACITY}, spaces.Box(-1, 1, ({WIDTH},)), spaces.Discrete(2), device="cpu")
+    for part in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards, buffer.dones):
+        part[...] = 0
+    buffer.full = True
+    o, a, r, d = np.zeros((1, {WIDTH}), np.float32), np.array([1]), np.array([1.0]), np.array([False])
+    def once():
+        buffer.add(o, o, a, r, d, [{{}}])
+        buffer.sample({BATCH})
+    for _ in range(100): once()
+    began = time.process_time()
+    for _ in range(1000): once()
+    print(json.dumps((time.process_time() - began) / 1000))
+else:
+    from stable_baselines3 import DQN
+    model = DQN("MlpPolicy", "CartPole-v1", batch_size=64, train_freq=1, gradient_steps=1, learning_starts=100,
+                buffer_size=100_000, target_update_interval=500, policy_kwargs={{"net_arch": [256, 256]}}, device="cpu")
+    model.learn(300)
+    began = time.process_time()
+    model.learn({STEPS}, reset_num_timesteps=False)
+    print(json.dumps((time.process_time() - began) / {STEPS}))
+"""
+
+
+def replay_once() -> Callable[[], None]:
+    import numpy as np
+    import torch
+    from gymnasium import spaces
+
+    from upslope.control import environments
+    from upslope.control.replay import Replay
+
+    torch.set_num_threads(1)
+    memory = Replay(spaces.Box(-1, 1, (WIDTH,)), spaces.Discrete(2), 1, CAPACITY, prioritised=True)
+    o, a, no = np.zeros((1, WIDTH), np.float32), np.array([1]), np.array([False])
+    step = environments.Transition(o, o, np.ones(1), no, no, no, None)
+    memory.begin(o)
+    memory.append(a, step)
+    memory.written = CAPACITY + 2  # full, as the peer's is
+    for part in memory._columns().values():
+        part[...] = part[0]
+    memory.open[:] = memory.written - 1
+    memory.prioritise(np.arange(CAPACITY), np.random.default_rng(0).exponential(size=CAPACITY), 0.6, 1e-6)
+    error, random = np.random.default_rng(1).exponential(size=BATCH), torch.Generator().manual_seed(0)
+
+    def once() -> None:
+        memory.append(a, step)
+        row, weight = memory.prioritised(BATCH, random, 0.4)
+        memory.batch(row, 0.99, 1, weight)
+        memory.prioritise(row, error, 0.6, 1e-6)
+
+    return once
+
+
+def ours_replay() -> float:
+    """Seconds of one insert, sample and update."""
+    once = replay_once()
+    for _ in range(100):
+        once()
+    began = time.process_time()
+    for _ in range(1000):
+        once()
+    return (time.process_time() - began) / 1000
+
+
+def ours_w4() -> float:
+    """Seconds of one environment step with its update."""
+    import torch
+
+    from upslope.control import dqn, environments, optimizers
+    from upslope.runs import run
+
+    torch.set_num_threads(1)
+    config = dqn.DQN(
+        environment=environments.Config("CartPole-v1", 1, vectorization="sync"),
+        optimizer=optimizers.Adam(learning_rate=1e-4, epsilon=1e-8),
+        run=run.Config(quiet=True),
+        total_steps=STEPS,
+        learning_starts=0,
+        train_interval=1,
+        batch_size=64,
+    )
+    began = time.process_time()
+    dqn.train(config)
+    return (time.process_time() - began) / STEPS
+
+
+def peer(python: str, what: str) -> float:
+    return float(json.loads(subprocess.check_output([python, "-c", PEER, what], text=True).splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", help="a Python that has Stable-Baselines3")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    for name, ours in (("replay", ours_replay), ("w4", ours_w4)):
+        mine, theirs = [], []
+        for _ in range(options.rounds):
+            mine.append(ours())
+            if options.peer:
+                theirs.append(peer(options.peer, name))
+        line = f"{name}: {statistics.median(mine) * 1e6:.0f} µs"
+        if theirs:
+            ratio = statistics.median(theirs) / statistics.median(mine)
+            line += f", Stable-Baselines3 {statistics.median(theirs) * 1e6:.0f} µs, {ratio:.2f} times as fast"
+        sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

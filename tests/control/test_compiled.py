@@ -1,0 +1,119 @@
+"""Compiled and eager runs agree; a compiled run is killed and resumed to the bit; nothing leaves a program."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.control.test_kill import kill_when, same
+from tests.program import command, succeed
+from upslope.control import environments, fast_ppo, learner, networks, normalization, optimizers, ppo
+from upslope.control.compilation import compiled
+from upslope.control.loop import loop
+from upslope.control.parameters import Net
+from upslope.runs import run as runs
+
+UPDATES = 10
+
+
+def settings(vectorization: str, environment: str = "CartPole-v1", **more: Any) -> ppo.PPO:
+    return ppo.PPO(
+        environment=environments.Config(environment, 4, vectorization), network=networks.Config(hidden=(16, 16)),  # type: ignore
+        optimizer=optimizers.Adam(1e-3), rollout_length=16, num_epochs=2, minibatch_size=32, total_steps=64 * UPDATES,
+        run=runs.Config(seed=3, quiet=True), **more,
+    )  # fmt: skip
+
+
+def trace(config: ppo.PPO, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, dict[str, float]]]:
+    """θ and the numbers after every iteration."""
+    seen: list[tuple[torch.Tensor, dict[str, float]]] = []
+
+    def note(session: Any, state: learner.State, net: Net, config: Any, numbers: Any) -> None:
+        seen.append((state.theta.clone(), {name: float(value) for name, value in numbers.items()}))
+
+    monkeypatch.setattr(learner, "report", note)
+    fast_ppo.train(config)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vectorization", "environment", "more"),
+    [
+        ("tensor", "Pendulum-v1", {"normalize": normalization.Config(observation=True)}),
+        ("native", "CartPole-v1", {"clip_value": 0.2}),  # with reset rows
+    ],
+)
+def test_compiled_and_eager_agree_over_ten_updates(
+    vectorization: str, environment: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same noise, the same θ and numbers to 1e-4. A graph break would be an error: programs are whole."""
+    config = settings(vectorization, environment, **more)
+    eager, fast = (
+        trace(replace(config, run=replace(config.run, compile=answer)), monkeypatch) for answer in (False, True)
+    )
+    assert len(eager) == len(fast) >= UPDATES
+    for (theta, numbers), (other, others) in zip(eager[:UPDATES], fast, strict=False):
+        torch.testing.assert_close(theta, other, rtol=0, atol=1e-4)
+        assert numbers.keys() == others.keys()
+        for name, value in numbers.items():
+            assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
+    assert (eager[0][0] - eager[-1][0]).abs().max() > 1e-3  # θ has moved
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    """SIGKILL in the middle; what is resumed ends as the uninterrupted run, and is compiled as it was."""
+    flags = (
+        "ppo", "--env", "CartPole-v1", "--environment.vectorization", "tensor", "--environment.num-envs", 4,
+        "--network.hidden", 16, 16, "--rollout-length", 16, "--num-epochs", 2, "--minibatch-size", 32, "--no-preset",
+        "--total-steps", 64 * 60, "--compile", "--quiet",
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeed("train", *flags, "--run-dir", whole)
+    kill_when(command("train", *flags, "--run-dir", broken, "--checkpoint-seconds", 0), broken, 20, 0.01)
+    assert not (broken / "summary.json").exists()
+    succeed("resume", broken)
+    same(whole, broken)
+    states = [json.loads((max((run / "checkpoints").iterdir()) / "state.json").read_text()) for run in (whole, broken)]
+    assert [state["compiled"] for state in states] == [True, True]
+
+
+@pytest.mark.slow
+def test_a_loop_is_the_same_in_a_program_and_its_body_is_in_the_caches_key() -> None:
+    """y ← a y + x and y ← a y - x differ in the body of the loop alone."""
+    x = torch.arange(6.0).view(3, 2)
+    for sign in (1.0, -1.0):
+
+        def recurrence(start: torch.Tensor, x: torch.Tensor, sign: float = sign) -> Any:
+            return loop(lambda y, x_t: (0.5 * y + sign * x_t, (2 * y,)), start, x)
+
+        torch._dynamo.reset()
+        start = torch.ones(2)
+        last, (rows,) = compiled(recurrence)(start, x)
+        expected, seen = start, []
+        for x_t in x:
+            seen.append(2 * expected)
+            expected = 0.5 * expected + sign * x_t
+        torch.testing.assert_close(last, expected)
+        torch.testing.assert_close(rows, torch.stack(seen))
+
+
+def test_what_cannot_be_compiled_says_why() -> None:
+    for more, reason in (
+        ({"target_kl": 0.01}, "target_kl"),
+        ({"network": networks.Config(memory="gru")}, "memory"),
+    ):
+        config = replace(settings("tensor"), **more)
+        config = replace(config, run=replace(config.run, compile=True))
+        with pytest.raises(ValueError, match=f"compile is True, but this run cannot be compiled: .*{reason}"):
+            fast_ppo.train(config)
+
+
+def test_an_algorithm_that_is_not_compiled_says_so() -> None:
+    config = settings("sync")
+    with pytest.raises(ValueError, match="compile is True, but this algorithm is not compiled"):
+        ppo.train(replace(config, run=replace(config.run, compile=True)))

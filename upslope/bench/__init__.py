@@ -1,0 +1,1 @@
+"""Comparisons of whole families of methods."""

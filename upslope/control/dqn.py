@@ -1,0 +1,182 @@
+"""Deep Q-learning, DQN (Mnih et al. 2015; S3 6.2 and alg 6), and what was added to it (S3 6.2.4).
+
+Psi         none: values are regressed, no log-probability is weighed
+surrogate   - Huber(Q(s,a) - target), S3 eq 12; target r + γ max Q̄(s',·), S3 alg 6     core/values.py
+constraint  none; the target's θ̄ stands still between copies
+data        a replay of ε-greedy (or noisy) behaviour, used many times
+maximised   - mean w Huber(error)                                                      w = 1 without priorities
+
+Approximate Q-learning (S3 6.2) is the plain setting: `replay_capacity` 0 learns from what was just seen, and
+`target_interval` 0 has no target network. Double, dueling, prioritised, noisy and n-step are each a switch.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upslope.control import environments, learner, normalization, offpolicy, optimizers, qnetworks, replay
+from upslope.control.agent import Agent
+from upslope.control.networks import Observation
+from upslope.control.offpolicy import State
+from upslope.control.parameters import Net
+from upslope.core import exploration, values
+from upslope.runs import run as runs
+from upslope.runs import settings
+from upslope.runs.run import Run
+
+
+@dataclass(frozen=True)
+class DQN:
+    """What is DQN's own; what every algorithm shares (environment, network, …, run) is nested."""
+
+    environment: environments.Config = field(default_factory=lambda: environments.Config(num_envs=1))
+    network: qnetworks.Config = field(default_factory=qnetworks.Config)
+    normalize: normalization.Config = field(default_factory=normalization.Config)
+    optimizer: optimizers.Optimizer = field(default_factory=lambda: optimizers.Adam(learning_rate=2.5e-4, epsilon=1e-8))
+    run: runs.Options = field(default_factory=lambda: runs.Config(log_interval=100))
+    total_steps: int = 500_000  # environment steps, all environments together
+    replay_capacity: int = 100_000  # observations kept; 0: no replay, every transition is learned from once
+    learning_starts: int = 1_000  # environment steps before the first gradient step
+    train_interval: int = 4  # steps of each environment per iteration
+    gradient_steps: int | None = 1  # per iteration; None: as many as environment steps
+    batch_size: int = 64  # transitions per gradient step
+    gamma: float = 0.99  # discount per step
+    n_step: int = 1  # rewards in a target, before the network's own estimate
+    target_interval: int = 500  # environment steps between updates of the target network; 0: none, θ̄ is θ
+    target_tau: float = 1.0  # of the way that the target network moves; 1: a copy
+    double: bool = False  # θ chooses the next action, θ̄ judges it
+    priority_exponent: float = 0.0  # α of p^α, p = |error| + ε; 0: uniform
+    priority_beta: float = 0.4  # β of the importance weights at the start, rising linearly to 1 over the run
+    priority_epsilon: float = 1e-6  # ε, in reward units
+    huber: float = 1.0  # where the loss turns linear, in reward units
+    epsilon_start: float = 1.0  # share of random actions; with a noisy network there are none
+    epsilon_end: float = 0.05
+    epsilon_fraction: float = 0.1  # of the run, until ε stands at its end
+    max_grad_norm: float | None = 10.0
+    anneal_learning_rate: bool = False  # linearly to 0 over the run
+
+    def __post_init__(self) -> None:
+        settings.within(self, 1, None, "total_steps", "train_interval", "gradient_steps", "batch_size", "n_step")
+        settings.within(self, 0, None, "replay_capacity", "learning_starts", "target_interval")
+        settings.within(self, 0, 1, "gamma", "target_tau", "priority_exponent", "priority_beta")
+        settings.within(self, 0, 1, "epsilon_start", "epsilon_end", "epsilon_fraction")
+        settings.positive(self, "huber", "priority_epsilon", "max_grad_norm")
+        if self.priority_exponent and not self.replay_capacity:
+            raise ValueError(f"priority_exponent is {self.priority_exponent}, but replay_capacity 0 has no priorities")
+
+
+class Terms(NamedTuple):
+    """The objective's parts per transition, before any reduction."""
+
+    huber: Float[Tensor, " B"]
+    td_error: Float[Tensor, " B"]  # target - Q(s, a)
+    q: Float[Tensor, " B"]  # Q(s, a)
+
+
+def objective(
+    theta: Float[Tensor, " d"],
+    net: Net,
+    batch: replay.Batch,
+    target: Float[Tensor, " B"],
+    noise: Tensor | None,
+    config: DQN,
+) -> tuple[Tensor, Terms]:
+    """Scalar to maximise: - the mean of w Huber; and its parts."""
+    q = values.action_value(net(theta, batch.observation, noise), batch.action)
+    part = Terms(values.huber(q, target, config.huber), target - q, q)
+    return -(batch.weight * part.huber).mean(), part
+
+
+@torch.no_grad()
+def estimate(state: State, net: Net, batch: replay.Batch, noise: list[Tensor | None], config: DQN) -> Tensor:
+    """r + γ max_a Q̄(s', a), or with double r + γ Q̄(s', argmax_a Q(s', a)); Q̄ is Q without a target network."""
+    judged = net(state.others.get("target", state.theta), batch.next_observation, noise[0])
+    if not config.double:
+        return values.q_target(batch.reward, judged, batch.discount)
+    chosen = net(state.theta, batch.next_observation, noise[1])
+    return values.double_q_target(batch.reward, chosen, judged, batch.discount)
+
+
+def update(
+    state: State, net: Net, batch: replay.Batch, target: Float[Tensor, " B"], noise: Tensor | None, config: DQN
+) -> tuple[Float[Tensor, " d"], dict[str, optimizers.State], Terms, float]:
+    """One step uphill; θ and the optimiser's memory are updated in place."""
+    rate = learner.learning_rate(state, config)
+    gradient, _, part = net.gradient(objective, state.theta, net, batch, target, noise, config)
+    theta, memory, norm = learner.ascend(state.theta, state.optimizer["theta"], gradient, config, rate)
+    return theta, {"theta": memory}, Terms(*(each.detach() for each in part)), norm
+
+
+def behaviour(state: State, net: Net, config: DQN) -> offpolicy.Choose:
+    """ε-greedy with this iteration's noise, or greedy for a network with noise in its weights."""
+    random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
+    shape = (config.train_interval, n)
+    actions = int(state.world.envs.action_space.n)  # type: ignore[attr-defined]
+    uniform = torch.rand(shape, generator=random)
+    any_action = torch.randint(actions, shape, generator=random)
+    weights = noises(net, config.train_interval, random)
+    annealed = max(1, round(config.epsilon_fraction * config.total_steps))
+
+    def choose(observation: Observation, t: int) -> Tensor:
+        q = net(state.theta, observation, weights[t])
+        if weights[t] is not None:
+            return q.argmax(-1)
+        epsilon = exploration.linear_schedule(state.step + t * n, config.epsilon_start, config.epsilon_end, annealed)
+        return exploration.epsilon_greedy(q, epsilon, uniform[t], any_action[t])
+
+    return choose
+
+
+def noises(net: Net, count: int, random: torch.Generator) -> list[Tensor | None]:
+    """Noise for that many noisy networks; None for networks without noise."""
+    size = net.module.noise_size
+    return list(torch.randn(count, size, generator=random)) if size else [None] * count  # type: ignore[call-overload]
+
+
+def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | None = None) -> Agent:
+    """Train and return the agent.
+
+    Args:
+        config: all settings.
+        session: the run to write to or to go on with; by default `config.run`'s.
+        theta: parameters that a new run starts from; by default the network's own initialisation.
+    """
+    with session or Run("dqn", config, config.total_steps) as session:
+        begin = lambda theta: (  # noqa: E731
+            {"target": theta.clone()} if config.target_interval else {}, {"theta": config.optimizer.start(theta)}
+        )  # fmt: skip
+        state, net = offpolicy.start(config, session, begin, theta, config.priority_exponent > 0)
+        for frozen in state.others.values():
+            net.freeze(frozen)
+        while state.step < config.total_steps:
+            # 1. collect: steps of every environment into the replay
+            world = offpolicy.collect(behaviour(state, net, config), state, config, config.train_interval)
+
+            count = offpolicy.gradient_steps(state, world, config)
+            random, part, numbers = offpolicy.noise(state, config, "replay"), None, {}
+            beta = exploration.linear_schedule(state.step, config.priority_beta, 1.0, config.total_steps)
+            for _ in range(count):
+                # 2. estimate the target of a batch
+                batch = offpolicy.batch(
+                    state, config, random, config.n_step, float(beta) if config.priority_exponent else None
+                )
+                *noise, mine = noises(net, 3, random)
+                target = estimate(state, net, batch, noise, config)
+
+                # 3. objective and 4. update: one step
+                theta, optimizer, part, norm = update(state, net, batch, target, mine, config)
+                numbers = {"grad_norm": norm}
+                if config.priority_exponent:
+                    error = part.td_error.numpy()
+                    state.replay.prioritise(batch.row, error, config.priority_exponent, config.priority_epsilon)
+                state = state._replace(theta=theta, optimizer=optimizer)
+
+            if config.target_interval and offpolicy.passed(config.target_interval, state.step, world.steps):
+                target = state.others["target"]
+                target.copy_(values.polyak(target, state.theta, config.target_tau))
+            state = offpolicy.advance(state, world, count)
+            offpolicy.report(session, state, net, config, part, numbers)
+        return offpolicy.finish(session, state, net, config)

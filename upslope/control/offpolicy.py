@@ -1,0 +1,260 @@
+"""What the off-policy algorithms share around their four steps: how a run starts, goes on, and ends; the replay."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from jaxtyping import Float
+from torch import Tensor
+
+from upslope.control import learner, normalization, optimizers, replay, rollout
+from upslope.control.agent import Agent
+from upslope.control.networks import Observation, to_tensors
+from upslope.control.parameters import Net
+from upslope.control.replay import Replay
+from upslope.core import values
+from upslope.runs import distributed
+from upslope.runs.randomness import derive, generator
+from upslope.runs.run import Run
+
+
+class State(NamedTuple):
+    """Everything a resumed run needs to go on as if nothing had happened."""
+
+    theta: Float[Tensor, " d"]  # of the network that acts
+    others: dict[str, Tensor]  # every other θ by name: targets, critics, a temperature
+    optimizer: dict[str, optimizers.State]  # by the name of what it moves, "theta" among them
+    world: rollout.World
+    replay: Replay
+    iteration: int
+    step: int  # environment steps so far
+    updates: int  # gradient steps so far
+
+
+class Config(learner.Config, Protocol):
+    """What every off-policy algorithm's settings have."""
+
+    @property
+    def replay_capacity(self) -> int: ...  # rows; 0: no replay, every transition is learned from once
+    @property
+    def learning_starts(self) -> int: ...
+    @property
+    def train_interval(self) -> int: ...
+    @property
+    def gradient_steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+Start = Callable[[Float[Tensor, " d"]], tuple[dict[str, Tensor], dict[str, optimizers.State]]]
+Choose = Callable[[Observation, int], Tensor]  # (observation as the network sees it, step of the iteration) -> action
+
+
+def start(
+    config: Config,
+    session: Run,
+    begin: Start,
+    theta: Float[Tensor, " d"] | None = None,
+    prioritised: bool = False,
+) -> tuple[State, Net]:
+    """The state a run begins with, or the one that its checkpoint holds; `theta` is where a new run starts from.
+
+    Args:
+        config: all settings; `config.network.build(observation_space, action_space, seed)` makes the network that acts.
+        session: the run.
+        begin: the other parameters and all optimisers' memories of a new run, from its first θ.
+        theta: parameters that a new run starts from; by default the network's own initialisation.
+        prioritised: the replay keeps priorities.
+
+    Raises:
+        ValueError: `theta` does not fit the network; more than one rank; rewards normalised.
+    """
+    if distributed.world_size() > 1:
+        raise ValueError(f"off-policy algorithms run in one process, got {distributed.world_size()} ranks")
+    if config.normalize.reward:
+        raise ValueError("normalize.reward is for on-policy algorithms: a replay's rewards are of many scales")
+    seed = config.run.seed
+    saved = None if session.restored is None else session.restored.tensors
+    if saved is None:
+        world = rollout.begin(config.environment, config.normalize, seed)
+    else:
+        world = rollout.unpack(distributed.own("world", saved), config.environment, config.normalize, seed)
+    session.closes(world.envs)
+    space, actions = world.envs.observation_space, world.envs.action_space
+    net = Net(config.network.build(space, actions, derive(seed, "network")))
+    rows = config.replay_capacity or 2 * (config.train_interval + 2) * world.envs.num_envs
+    memory = Replay(space, actions, world.envs.num_envs, rows, prioritised)
+    if saved is not None:
+        assert session.restored is not None
+        memory.unpack(saved, session.restored.segments)
+        named = {name.split(".")[1] for name in saved if name.startswith("optimizers.")}
+        optimizer = {name: optimizers.unpack(_beneath(f"optimizers.{name}.", saved)) for name in sorted(named)}
+        others, counts = _beneath("others.", saved), (int(saved[name]) for name in ("iteration", "step", "updates"))
+        return State(net.bind(saved["theta"]), others, optimizer, world, memory, *counts), net
+    memory.begin(world.observation)
+    initial = net.initial()
+    if theta is not None:
+        net.views(theta)  # refuses another shape
+        initial.copy_(theta)
+    theta = net.bind(initial)
+    others, optimizer = begin(theta)
+    return State(theta, others, optimizer, world, memory, 0, 0, 0), net
+
+
+@torch.no_grad()
+def collect(choose: Choose, state: State, config: Config, length: int) -> rollout.World:
+    """Some steps of every environment into the replay, observation statistics frozen; the world after them."""
+    world, normalize = state.world, config.normalize
+    returns, lengths = world.episode_return.copy(), world.episode_length.copy()
+    raw, finished, taken, seen = world.observation, [], world.steps, []
+    for t in range(length):
+        observation = to_tensors(raw)
+        action = choose(normalization.observation(world.normalizer, observation, normalize), t).numpy()
+        step = world.envs.step(action)
+        returns += step.reward
+        lengths += 1 if step.valid is None else step.valid
+        taken += len(returns) if step.valid is None else int(step.valid.sum())
+        if step.ended.any():
+            over = np.flatnonzero(step.ended)
+            finished += [(float(returns[i]), int(lengths[i])) for i in over]
+            returns[over], lengths[over] = 0.0, 0
+        reward = np.sign(step.reward) if normalize.reward_sign else step.reward
+        state.replay.append(action, step._replace(reward=reward))
+        if normalize.observation:
+            seen.append((observation, step.valid))
+        raw = step.observation
+    statistics = world.normalizer
+    for observation, valid in seen:
+        statistics = normalization.observe(
+            statistics, _one_step(observation), None if valid is None else torch.from_numpy(valid).unsqueeze(1)
+        )
+    recent = np.concatenate([world.recent, np.array(finished).reshape(-1, 2)])[-rollout.RECENT :]
+    return rollout.World(
+        world.envs, raw, returns, lengths, recent, world.episodes + len(finished), taken, statistics
+    )  # fmt: skip
+
+
+def random_actions(space: spaces.Space, num_envs: int, generator: torch.Generator) -> Tensor:
+    """Uniform actions of a Discrete space (from 0) or a bounded Box."""
+    if isinstance(space, spaces.Discrete):
+        return torch.randint(int(space.n), (num_envs,), generator=generator)
+    low, high = (torch.from_numpy(bound.reshape(-1)) for bound in (space.low, space.high))  # type: ignore[attr-defined]
+    return low + (high - low) * torch.rand(num_envs, len(low), generator=generator)
+
+
+def batch(state: State, config: Config, random: torch.Generator, n: int = 1, beta: float | None = None) -> replay.Batch:
+    """B transitions as the network sees them: uniform, or with β prioritised; without a replay those just collected."""
+    weight = None
+    if not config.replay_capacity:
+        row = state.replay.recent(state.replay.transitions - state.step)
+    elif beta is None:
+        row = state.replay.uniform(config.batch_size, random)
+    else:
+        row, weight = state.replay.prioritised(config.batch_size, random, beta)
+    drawn = state.replay.batch(row, config.gamma, n, weight)
+    here, there = (
+        normalization.observation(state.world.normalizer, observation, config.normalize)
+        for observation in (drawn.observation, drawn.next_observation)
+    )
+    return drawn._replace(observation=here, next_observation=there)
+
+
+def noise(state: State, config: Config, stream: str) -> torch.Generator:
+    """The generator of one stream of this iteration."""
+    return generator(config.run.seed, stream, state.iteration)
+
+
+def gradient_steps(state: State, world: rollout.World, config: Config) -> int:
+    """Of this iteration: the setting, or as many as there were environment steps; none before `learning_starts`."""
+    fresh = world.steps - state.step  # none where every row was a reset row
+    if world.steps <= config.learning_starts or not (fresh or config.replay_capacity):
+        return 0
+    return fresh if config.gradient_steps is None else config.gradient_steps
+
+
+def ascend(
+    state: State, name: str, net: Net, config: Config, objective: Callable[..., tuple[Tensor, Any]], *inputs: Any
+) -> tuple[State, Any, float]:
+    """One step of one θ along the gradient of objective(θ, *inputs), in place; what that returns beside its value."""
+    theta = state.theta if name == "theta" else state.others[name]
+    gradient, _, extra = net.gradient(objective, theta, *inputs)
+    state, norm = climb(state, name, gradient, config)
+    return state, extra, norm
+
+
+def climb(state: State, name: str, gradient: Float[Tensor, " d"], config: Config) -> tuple[State, float]:
+    """One step of one θ along this gradient, in place; the gradient's norm before clipping."""
+    theta, rate = state.theta if name == "theta" else state.others[name], learner.learning_rate(state, config)
+    _, memory, norm = learner.ascend(theta, state.optimizer[name], gradient, config, rate)
+    return state._replace(optimizer={**state.optimizer, name: memory}), norm
+
+
+def follow(target: Float[Tensor, " d"], theta: Float[Tensor, " d"], tau: float) -> None:
+    """A target network's θ̄ moves a share of the way to θ, in place."""
+    target.copy_(values.polyak(target, theta, tau))
+
+
+def passed(interval: int, before: int, now: int) -> bool:
+    """Has a multiple of the interval been reached since?
+
+    >>> passed(10, 9, 10), passed(10, 10, 19), passed(10, 5, 40)
+    (True, False, True)
+    """
+    return now // interval > before // interval
+
+
+def advance(state: State, world: rollout.World, updates: int, **changed: Any) -> State:
+    """The state after an iteration."""
+    return state._replace(
+        world=world, iteration=state.iteration + 1, step=world.steps, updates=state.updates + updates, **changed
+    )
+
+
+def report(session: Run, state: State, net: Net, config: Config, part: Any, numbers: dict[str, float]) -> None:
+    """The means of the last objective's parts and other numbers to the metrics, the state to a checkpoint when due."""
+    if state.iteration % config.run.log_interval == 0 or state.step >= config.total_steps:
+        means = {} if part is None else learner.means(part, None)
+        summary = {**rollout.summary(state.world), "gradient_steps": state.updates}
+        session.record(state.step, {**summary, **means, **numbers})
+    if session.due():
+        _save(session, state, net)
+
+
+def finish(session: Run, state: State, net: Net, config: Config) -> Agent:
+    """The last checkpoint, the summary, and the trained agent."""
+    _save(session, state, net)
+    session.finish(state.step, rollout.summary(state.world))
+    world = state.world
+    return Agent(
+        net, state.theta, config.environment, config.normalize, world.normalizer, world.envs.action_space
+    )  # fmt: skip
+
+
+def _save(session: Run, state: State, net: Net) -> None:
+    session.save(state.step, pack(state), {"layout": net.layout.table()}, state.replay.segments())
+
+
+def pack(state: State) -> dict[str, Tensor]:
+    """All resumable state as tensors, but for the replay's segments."""
+    memories = {
+        f"optimizers.{name}.{part}": value
+        for name, memory in state.optimizer.items()
+        for part, value in optimizers.pack(memory).items()
+    }
+    counts = {name: torch.tensor(getattr(state, name)) for name in ("iteration", "step", "updates")}
+    others = {f"others.{name}": value for name, value in state.others.items()}
+    world = distributed.collected("world", rollout.pack(state.world))
+    return {"theta": state.theta, **others, **memories, **world, **state.replay.pack(), **counts}
+
+
+def _beneath(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _one_step(observation: Observation) -> Observation:
+    """[N, …] as [N, 1, …], the shape of a rollout."""
+    if isinstance(observation, dict):
+        return {name: part.unsqueeze(1) for name, part in observation.items()}
+    return observation.unsqueeze(1)

@@ -1,0 +1,235 @@
+"""Replay: a ring of observations in preallocated arrays, and the transitions between them.
+
+Every observation is one row, written once, in the order in which it was seen; `ahead` says how many rows further on its
+successor lies. An episode's final observation is a row from which no transition begins, whether the episode terminated
+or was truncated: a transition's `next_observation` is always the true one, and an n-step window ends where the episode
+does. `terminated` alone decides whether a target bootstraps.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from upslope.control import environments
+from upslope.control.networks import Observation
+from upslope.control.sum_tree import SumTree
+from upslope.runs import checkpoint
+
+SEGMENT_BYTES = 2**24  # of a checkpoint's segment, whose rows are a power of two between 256 and 65,536
+
+
+class Batch(NamedTuple):
+    """B transitions for a gradient step; of n steps: the reward is their discounted sum, the successor n away."""
+
+    observation: Observation  # as it was seen, not normalised
+    action: Tensor
+    reward: Float[Tensor, " B"]
+    discount: Float[Tensor, " B"]  # of the successor's value: γ^n, 0 where the transition terminated
+    next_observation: Observation
+    weight: Float[Tensor, " B"]  # importance weights of prioritised sampling, at most 1; else 1
+    row: Int64[np.ndarray, " B"]  # where it lies in the replay
+
+
+class Replay:
+    """The last transitions of N environments.
+
+    Args:
+        space: of one observation; a Dict is stored key by key.
+        action_space: of one action.
+        num_envs: N.
+        capacity: rows, one for each observation: as many as transitions, and one more for each episode's end.
+        prioritised: keep priorities; else sample uniformly.
+    """
+
+    def __init__(
+        self, space: spaces.Space, action_space: spaces.Space, num_envs: int, capacity: int, prioritised: bool = False
+    ) -> None:
+        if capacity < 4 * num_envs + 1:
+            raise ValueError(f"replay_capacity is {capacity}, allowed: {4 * num_envs + 1} or more with {num_envs} envs")
+        self.capacity, self.num_envs = capacity, num_envs
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        self.observation = {name: np.zeros((capacity, *part.shape), _stored(part)) for name, part in parts.items()}
+        shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
+        self.action = np.zeros((capacity, *shape), _stored(action_space))
+        self.reward = np.zeros(capacity)
+        self.terminated = np.zeros(capacity, dtype=bool)
+        self.ended = np.zeros(capacity, dtype=bool)  # terminated or truncated; a lost life only terminates
+        self.ahead = np.zeros(capacity, dtype=np.int32)  # rows to the successor; 0: no transition begins here
+        self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
+        self.transitions = 0  # since the beginning
+        self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
+        row = sum(part[:1].nbytes for part in self._columns().values())
+        self.segment = 2 ** min(max(int(math.log2(SEGMENT_BYTES / row)), 8), 16)  # rows of a segment of a checkpoint
+        self.tree = SumTree(capacity) if prioritised else None
+        self.highest = 1.0  # priority so far, which new transitions get
+
+    def begin(self, observation: environments.Observation) -> None:
+        """The observations that the first actions answer."""
+        self.open = self._write(observation)
+
+    def append(self, action: np.ndarray, step: environments.Transition) -> None:
+        """One step of every environment; reset rows of NEXT_STEP environments are no transitions."""
+        already_reset = step.valid is None
+        took = np.arange(self.num_envs) if step.valid is None else np.flatnonzero(step.valid)
+        over = np.flatnonzero(step.ended) if already_reset else np.zeros(0, dtype=np.int64)
+        finals = self._write(_take(step.next_observation, over)) if len(over) else over
+        fresh = self._write(step.observation)
+        successor = fresh.copy()
+        successor[over] = finals
+        rows, begun = self.open[took] % self.capacity, self.open
+        self.action[rows] = action[took].reshape(len(took), *self.action.shape[1:])
+        self.reward[rows] = step.reward[took]
+        self.terminated[rows], self.ended[rows] = step.terminated[took], step.ended[took]
+        self.ahead[rows] = successor[took] - begun[took]
+        self.open = fresh
+        self.transitions += len(took)
+        if self.tree is not None:
+            self.tree.set(rows, self.highest)
+
+    def _write(self, observation: environments.Observation) -> Int64[np.ndarray, " k"]:
+        """New rows from which no transition begins yet, over the oldest ones."""
+        parts = observation if isinstance(observation, dict) else {"": observation}
+        rows = self.written + np.arange(len(next(iter(parts.values()))))
+        slots = rows % self.capacity
+        for name, part in parts.items():
+            self.observation[name][slots] = part
+        self.ahead[slots] = 0
+        if self.tree is not None:
+            self.tree.set(slots, 0.0)
+        self.written += len(rows)
+        return rows
+
+    def uniform(self, size: int, generator: torch.Generator) -> Int64[np.ndarray, " B"]:
+        """Rows of transitions, each as likely as any other, with replacement. Rows without one are drawn again."""
+        filled = min(self.written, self.capacity)
+        row = torch.randint(filled, (size,), generator=generator).numpy()
+        empty = self.ahead.take(row) == 0
+        while empty.any():
+            row[empty] = torch.randint(filled, (int(empty.sum()),), generator=generator).numpy()
+            empty = self.ahead.take(row) == 0
+        return row
+
+    def prioritised(
+        self, size: int, generator: torch.Generator, beta: float
+    ) -> tuple[Int64[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+        """Rows with probability P(i) = p_i^α / Σ p^α, one from each of B equal parts of the sum; importance weights.
+
+        w_i = (1 / (N P(i)))^β, divided by the largest of the batch so that they only scale steps down (Schaul et al.
+        2016, 3.4).
+        """
+        assert self.tree is not None
+        share = (np.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64).numpy()) / size
+        row = self.tree.find(share)
+        rare = self.tree.leaves.take(row)
+        return row, (rare.min() / rare) ** beta  # N and Σ p^α cancel
+
+    def prioritise(
+        self, row: Int64[np.ndarray, " B"], error: Float[np.ndarray, " B"], alpha: float, epsilon: float
+    ) -> None:
+        """p^α = (|δ| + ε)^α of transitions that were just learned from."""
+        assert self.tree is not None
+        priority = (np.abs(error).astype(np.float64) + epsilon) ** alpha
+        self.highest = max(self.highest, float(priority.max()))
+        self.tree.set(row, priority)
+
+    def recent(self, count: int) -> Int64[np.ndarray, " count"]:
+        """Rows of the last transitions, oldest first."""
+        span = min(self.written, self.capacity, 3 * count + 2 * self.num_envs)
+        slots = np.arange(self.written - span, self.written) % self.capacity
+        return slots[self.ahead[slots] > 0][-count:]
+
+    def batch(
+        self, row: Int64[np.ndarray, " B"], gamma: float, n: int = 1, weight: Float[np.ndarray, " B"] | None = None
+    ) -> Batch:
+        """The transitions that begin at these rows, n steps long or to the episode's end or the newest observation."""
+        last, reward, discount = row, self.reward.take(row), np.full(len(row), gamma)
+        for _ in range(n - 1):
+            following = (last + self.ahead.take(last)) % self.capacity
+            stop = self.terminated.take(last) | self.ended.take(last) | (self.ahead.take(following) == 0)
+            reward = reward + np.where(stop, 0.0, discount * self.reward.take(following))
+            discount = np.where(stop, discount, gamma * discount)
+            last = np.where(stop, last, following)
+        following = (last + self.ahead.take(last)) % self.capacity
+        discount = np.where(self.terminated.take(last), 0.0, discount)
+        dtype = torch.get_default_dtype()
+        return Batch(
+            self._observed(row), torch.from_numpy(self.action.take(row, 0)),
+            torch.from_numpy(reward).to(dtype), torch.from_numpy(discount).to(dtype), self._observed(following),
+            torch.ones(len(row)) if weight is None else torch.from_numpy(weight).to(dtype), row,
+        )  # fmt: skip
+
+    def _observed(self, row: Int64[np.ndarray, " B"]) -> Observation:
+        parts = {name: torch.from_numpy(part.take(row, 0)) for name, part in self.observation.items()}
+        return parts.get("", parts)
+
+    def segments(self) -> checkpoint.Segments:
+        """Blocks of rows that will not change any more and are still here whole: name -> the block as tensors."""
+        size, (first, after) = self.segment, self._blocks()
+        return {
+            f"replay-{start // size:08d}": functools.partial(self._rows, np.arange(start, start + size))
+            for start in range(first, after, size)
+        }
+
+    def pack(self) -> dict[str, Tensor]:
+        """What is in no segment: the oldest and the newest rows, where the environments stand, priorities."""
+        loose = {f"replay.{name}": part for name, part in self._rows(self._loose()).items()}
+        counts = torch.tensor([self.written, self.transitions, self.segment, *self.open])
+        tensors = {**loose, "replay.counts": counts, "replay.highest": torch.tensor(self.highest, dtype=torch.float64)}
+        if self.tree is not None:  # they change all the time
+            tensors["replay.priority"] = torch.from_numpy(self.tree.leaves[: min(self.written, self.capacity)])
+        return tensors
+
+    def unpack(self, tensors: dict[str, Tensor], segments: Mapping[str, Path]) -> None:
+        """Be as the replay that `pack` and `segments` put away."""
+        counts = tensors["replay.counts"].numpy()
+        self.written, self.transitions, self.segment = (int(count) for count in counts[:3])
+        self.open = counts[3:].copy()
+        self.highest = float(tensors["replay.highest"])
+        self._place(self._loose(), {name.removeprefix("replay."): part for name, part in tensors.items()})
+        for start, path in zip(range(*self._blocks(), self.segment), sorted(segments.values()), strict=True):
+            self._place(np.arange(start, start + self.segment), checkpoint.read_segment(path))
+        if self.tree is not None:
+            priority = tensors["replay.priority"].numpy()
+            self.tree.set(np.arange(len(priority)), priority)
+
+    def _blocks(self) -> tuple[int, int]:
+        """The first row of the first segment and the first row after the last one; equal where there is none."""
+        oldest, size = max(0, self.written - self.capacity), self.segment
+        first = -(-oldest // size) * size
+        return first, max(first, int(self.open.min()) // size * size)
+
+    def _loose(self) -> Int64[np.ndarray, " k"]:
+        first, after = self._blocks()
+        rows = np.arange(max(0, self.written - self.capacity), self.written)
+        return rows[(rows < first) | (rows >= after)]
+
+    def _rows(self, row: Int64[np.ndarray, " k"]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(part.take(row % self.capacity, 0)) for name, part in self._columns().items()}
+
+    def _place(self, row: Int64[np.ndarray, " k"], tensors: dict[str, Tensor]) -> None:
+        for name, part in self._columns().items():
+            part[row % self.capacity] = tensors[name].numpy()
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        names = ("action", "reward", "terminated", "ended", "ahead")
+        observed = {f"observation.{name}": part for name, part in self.observation.items()}
+        return observed | {name: getattr(self, name) for name in names}
+
+
+def _stored(space: spaces.Space) -> Any:
+    """Floats in the default type, the rest as it is."""
+    if np.issubdtype(space.dtype, np.floating):
+        return np.dtype(str(torch.get_default_dtype()).removeprefix("torch."))
+    return space.dtype
+
+
+def _take(observation: environments.Observation, index: np.ndarray) -> environments.Observation:
+    return {k: v[index] for k, v in observation.items()} if isinstance(observation, dict) else observation[index]
