@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes.
+JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install demo test check format lint types imports docs fast bench mutation clean
@@ -21,7 +23,7 @@ demo: install  ## train PPO on CartPole to solved; a report and a film to look a
 	$(BIN)/upslope report runs/demo
 
 test: install  ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 check: format lint types imports docs fast  ## what CI checks before the whole test suite
 
@@ -41,12 +43,13 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(JOBS) -m "not slow"
 
 bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta
 	taskset -c 0 $(BIN)/python -m bench.scan
 	taskset -c 0 $(BIN)/python -m bench.tabular
+	taskset -c 0 $(BIN)/python -m bench.replay
 
 mutation: install  ## mutants of the formulas that the tests let live (about 15 minutes); see docs/mutation.md
 	rm -rf build/mutation && git clone --quiet . build/mutation

@@ -7,9 +7,18 @@ so that `upslope --help` need not wait for torch.
 import importlib
 from typing import Any
 
-_WINGS = {"PPO": "upslope.control", "Agent": "upslope.control"}
+_WINGS = dict.fromkeys(
+    (
+        "A2C", "A3C", "ACKTR", "Agent", "CEM", "DDPG", "DQN", "ES", "GroupPPO", "PPO", "REINFORCE", "SAC", "SoftQ",
+        "TD3", "TRPO",
+    ),
+    "upslope.control",
+)  # fmt: skip
 
-__all__ = ["PPO", "Agent"]
+__all__ = [
+    "A2C", "A3C", "ACKTR", "CEM", "DDPG", "DQN", "ES", "PPO", "REINFORCE", "SAC", "TD3", "TRPO",
+    "Agent", "GroupPPO", "SoftQ",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

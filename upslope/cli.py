@@ -15,7 +15,25 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-ALGORITHMS = {"ppo": ("upslope.control.ppo", "PPO")}  # name -> where its train() and its configuration are
+from upslope.language import commands
+
+ALGORITHMS = {  # name -> where its train() and its configuration are
+    "reinforce": ("upslope.control.reinforce", "REINFORCE"),
+    "a2c": ("upslope.control.actor_critic", "A2C"),
+    "a3c": ("upslope.control.a3c", "A3C"),
+    "trpo": ("upslope.control.trpo", "TRPO"),
+    "acktr": ("upslope.control.acktr", "ACKTR"),
+    "ppo": ("upslope.control.fast_ppo", "PPO"),
+    "group-ppo": ("upslope.control.group_ppo", "GroupPPO"),
+    "dqn": ("upslope.control.dqn", "DQN"),
+    "soft-q": ("upslope.control.soft_q", "SoftQ"),
+    "ddpg": ("upslope.control.ddpg", "DDPG"),
+    "td3": ("upslope.control.td3", "TD3"),
+    "sac": ("upslope.control.sac", "SAC"),
+    "es": ("upslope.control.es", "ES"),
+    "cem": ("upslope.control.cem", "CEM"),
+    **commands.ALGORITHMS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,20 +86,16 @@ def methods(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """train ALGO --env ID [flags]: train an agent"""
+    """train ALGO --env ID | --model ID --data SOURCE [flags]: train an agent or a language model"""
     if not arguments or arguments[0] in ("-h", "--help"):
         Console().print(
-            f"usage: upslope train ALGO --env ID [flags]\nALGO: {', '.join(ALGORITHMS)}",
+            f"usage: upslope train ALGO --env ID | --model ID --data SOURCE [flags]\nALGO: {', '.join(ALGORITHMS)}",
             highlight=False,
             soft_wrap=True,
         )
         Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False, soft_wrap=True)
         return 0
-    algorithm = arguments[0]
-    module, kind = _algorithm(algorithm)
-    config = _parse_config(algorithm, kind, arguments[1:])
-    module.train(config)
-    _say_where(config.run.run_dir)
+    _say_where(_trained(arguments[0], arguments[1:]))
     return 0
 
 
@@ -108,14 +122,17 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--stochastic", action="store_true", help="sample actions instead of taking the policy's mode")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    agent = _load_agent(options)
-    result = agent.evaluate(options.episodes, options.seed, not options.stochastic).summary()
+    algorithm, _, config = _read_run(options)
+    if algorithm in commands.ALGORITHMS:
+        result = commands.evaluate(algorithm, config, options.run, options.episodes, options.seed)
+    else:
+        result = _load_agent(options).evaluate(options.episodes, options.seed, not options.stochastic).summary()
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         Console().print(
-            f"{result['episodes']} episodes: return {result['mean_return']:.2f} ± {result['std_return']:.2f}, "
-            f"length {result['mean_length']:.1f}"
+            f"{result['episodes']} episodes: return {result['mean_return']:.2f} ± {result['std_return']:.2f}"
+            + (f", length {result['mean_length']:.1f}" if "mean_length" in result else "")
         )
     return 0
 
@@ -180,6 +197,47 @@ def lab(arguments: list[str]) -> int:
     return commands.lab(arguments)
 
 
+def bench(arguments: list[str]) -> int:
+    """bench NAME --out DIR: a family of methods, or speed beside the peers: a picture, a table, a file of numbers"""
+    parser = _parser("bench", bench)
+    names = ("family", "control")
+    parser.add_argument("name", metavar="NAME", choices=names, help="family: the on-policy methods; control: speed")
+    parser.add_argument("--out", type=Path, default=None, help="for the runs and the results (default runs/NAME-ENV)")
+    family = parser.add_argument_group("family")
+    family.add_argument("--env", default="CartPole-v1", help="environment (default CartPole-v1)")
+    family.add_argument("--seeds", type=int, default=3, help="of each method (default 3)")
+    family.add_argument("--total-steps", type=int, default=100_000, help="of each run (default 100000)")
+    family.add_argument("--batches", type=int, default=32, help="that the variance is measured on (default 32)")
+    family.add_argument("--batch-steps", type=int, default=4096, help="environment steps of each (default 4096)")
+    control = parser.add_argument_group("control")
+    control.add_argument("--peer", default=None, help="python that has stable-baselines3 and sb3-contrib")
+    control.add_argument("--repeats", type=int, default=5, help="alternated (default 5)")
+    control.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W6"], help="default: W1 W2 W3 W6")
+    options = parser.parse_args(arguments)
+    return (_bench_family if options.name == "family" else _bench_control)(options)
+
+
+def _bench_family(options: argparse.Namespace) -> int:
+    from upslope.bench import family
+
+    out = options.out or Path("runs") / f"family-{options.env.replace('/', '-')}"
+    asked = family.Options(options.env, options.seeds, options.total_steps, options.batches, options.batch_steps)
+    results = family.compare(out, asked, ALGORITHMS, _trained, resume)
+    Console(width=140).print(family.table(results), highlight=False)
+    Console().print(f"picture: {out / 'family.png'}; numbers: {out / 'family.json'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _bench_control(options: argparse.Namespace) -> int:
+    from upslope.bench import control
+
+    out = options.out or Path("runs") / "bench-control"
+    results = control.compare(out, control.Options(tuple(options.workloads), options.repeats, options.peer))
+    Console(width=140).print(control.table(results), highlight=False)
+    Console().print(f"picture: {out / 'control.png'}; numbers: {out / 'control.json'}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def fingerprint(arguments: list[str]) -> int:
     """fingerprint RUN: one hash of all resumable state; equal hashes, equal runs"""
     directory = _parser("fingerprint", fingerprint, run=True).parse_args(arguments).run
@@ -190,7 +248,7 @@ def fingerprint(arguments: list[str]) -> int:
     newest = checkpoint.newest(directory / CHECKPOINTS)
     if newest is None:
         raise ValueError(f"{directory} has no checkpoint yet")
-    sys.stdout.write(checkpoint.fingerprint(newest.tensors) + "\n")
+    sys.stdout.write(checkpoint.fingerprint(newest.tensors, newest.state.get("segments")) + "\n")
     return 0
 
 
@@ -204,6 +262,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "solve": solve,
     "lab": lab,
+    "bench": bench,
     "fingerprint": fingerprint,
 }
 
@@ -258,8 +317,18 @@ def _algorithm(name: str) -> tuple[Any, type]:
     return module, getattr(module, kind)
 
 
+def _trained(algorithm: str, arguments: list[str]) -> Path:
+    """The directory of a run that these flags ask for."""
+    module, kind = _algorithm(algorithm)
+    config = _parse_config(algorithm, kind, arguments)
+    module.train(config)
+    return config.run.run_dir
+
+
 def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     """Flags over the preset of the environment over the defaults."""
+    if algorithm in commands.ALGORITHMS:
+        return commands.parse(algorithm, kind, arguments)
     import tyro
 
     from upslope.control import environments, presets
@@ -267,7 +336,11 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env", "--environment.id", dest="env", default=kind().environment.id)
     early.add_argument("--preset", action=argparse.BooleanOptionalAction, default=True)
+    early.add_argument("--compile", action=argparse.BooleanOptionalAction)
     known, rest = early.parse_known_args(arguments)
+    rest = rest if known.compile is None else ["--compile", str(known.compile), *rest]
+    if known.compile and algorithm != "ppo":
+        raise ValueError(f"--compile is for ppo, {algorithm} is not compiled")
     if known.env.startswith("upslope/"):  # a problem of the zoo
         known.env = f"upslope.exact.registration:{known.env}"
     if not any("envpool" in word for word in rest):
@@ -297,24 +370,29 @@ def _read_run(options: argparse.Namespace) -> tuple[str, Any, Any]:
     directory = options.run
     described = read_config(directory)
     algorithm = described["algorithm"]
-    module, kind = _algorithm(algorithm)
     import dataclasses
 
+    module, kind = _algorithm(algorithm)
     config = from_json(kind, described["config"])
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=directory))
+    if algorithm in commands.ALGORITHMS:
+        return algorithm, module, config
     module_of_id = config.environment.id.rpartition(":")[0]
     if module_of_id and not module_of_id.startswith("upslope.") and options.env != config.environment.id:
         raise ValueError(
             f"{directory} names the environment {config.environment.id!r}, which would run code of the module "
             f"{module_of_id!r}: say so yourself with --env {config.environment.id}"
         )
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=directory))
     return algorithm, module, config
 
 
 def _load_agent(options: argparse.Namespace) -> Any:
     from upslope.control.agent import load
 
-    return load(_read_run(options)[2], options.run)
+    algorithm, _, config = _read_run(options)
+    if algorithm in commands.ALGORITHMS:
+        raise ValueError(f"{options.run} is a run of {algorithm}: a language model has no environment to be filmed")
+    return load(config, options.run)
 
 
 def _say_where(directory: Path) -> None:
@@ -331,7 +409,8 @@ def _say_where(directory: Path) -> None:
             f"done in {seconds:.0f} s; mean return of the last 100 training episodes: {value:.1f}", highlight=False
         )
     console.print(f"run: {directory}", highlight=False, soft_wrap=True)
-    hint = f"next: upslope report {directory} · upslope watch {directory} --out episode.gif"
+    film = "" if "reward" in summary or "loss" in summary else f" · upslope watch {directory} --out episode.gif"
+    hint = f"next: upslope report {directory} · upslope eval {directory}{film}"
     console.print(hint, highlight=False, soft_wrap=True)
 
 

@@ -661,7 +661,7 @@ METHODS = (
     ),
     Method(
         "reinforce++",
-        "grpo",
+        "lm-reinforce",
         "language",
         "reward minus KL, whitened over the whole batch",
         "min(rho Psi, clip(rho) Psi), token mean",
