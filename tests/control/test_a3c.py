@@ -1,5 +1,6 @@
 """A3C: one worker is A2C, several lose nothing but elements, and what dies is noticed and leaves no trace."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -171,8 +172,11 @@ def test_lost_workers_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def spawned(process: psutil.Process | None = None) -> list[psutil.Process]:
     """Living worker processes of a process."""
-    children = (process or psutil.Process()).children()
-    return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    found = []
+    for child in (process or psutil.Process()).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone since, or a zombie of another test's
+            found += [child] if any("spawn_main" in word for word in child.cmdline()) else []
+    return found
 
 
 def started(directory: Path, *more: object) -> subprocess.Popen[str]:
@@ -188,6 +192,15 @@ def started(directory: Path, *more: object) -> subprocess.Popen[str]:
     return process
 
 
+def interrupted(process: subprocess.Popen[str]) -> int:
+    """The exit code after Ctrl-C; pressed again if nothing happens: a library that is being imported may swallow it."""
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(20)
+    return process.wait(20)
+
+
 @pytest.mark.slow
 def test_kills_leave_no_orphans_and_the_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL of the parent, then Ctrl-C; a resume after each, and to the end."""
@@ -198,8 +211,7 @@ def test_kills_leave_no_orphans_and_the_run_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert wait_for_group(process.pid), "workers outlive their parent"
         process = started(directory, "resume", directory)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        assert interrupted(process) == 130
         assert wait_for_group(process.pid), "workers outlive Ctrl-C"
     finally:
         if group(process.pid):

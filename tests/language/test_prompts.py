@@ -77,6 +77,15 @@ def test_a_completion_ends() -> None:
     assert prompts.decode(model, ids[:-1]) == "19"
 
 
+def test_an_id_that_only_the_model_knows_is_a_token_too() -> None:
+    """Embeddings are often padded beyond the tokenizer's vocabulary, and sampling may choose such a row."""
+    model = nets.model()
+    beyond = len(model.tokenizer) + 3
+    (nine,) = model.tokenizer("9")["input_ids"]
+    assert prompts.tokens(model, [nine, beyond]) == [model.tokenizer.decode([nine]), f"<{beyond}>"]
+    assert prompts.decode(model, [nine, beyond]) == "9"
+
+
 @pytest.mark.parametrize("name", list(tiny.TASKS))
 def test_a_tasks_answers_are_right_and_its_splits_apart(name: str) -> None:
     task, train, held = tiny.TASKS[name], tiny.draw(name, 300, 0), tiny.draw(name, 100, 0, held_out=True)

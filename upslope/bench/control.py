@@ -1,8 +1,8 @@
-"""Speed beside the peers: PPO and TRPO on CartPole, the same settings, alternated repeats on one core.
+"""Speed beside the peers: PPO, TRPO, DQN and SAC, the same settings, alternated repeats on one core.
 
-Stable-Baselines3 and sb3-contrib run in an interpreter of their own, which trains when told to. A claim is the median
-of the pairs' ratios with the smallest and the largest. Rates are steady: imports, compilation and the first tenth of
-the steps are left out, and compilation is given apart. Without a peer Upslope alone is timed, and said to be.
+Stable-Baselines3, sb3-contrib and sbx run in an interpreter of their own, which trains when told to. A claim is the
+median of the pairs' ratios with the smallest and the largest. Rates are steady: imports, compilation and the first
+tenth of the steps are left out, and compilation is given apart. Without a peer Upslope alone is timed, and said to be.
 """
 
 import contextlib
@@ -20,7 +20,22 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from upslope.control import environments, fast_ppo, learner, optimizers, ppo, program, rollout, tensor_rollout, trpo
+from upslope.control import (
+    actors,
+    dqn,
+    environments,
+    fast_ppo,
+    learner,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    ppo,
+    program,
+    rollout,
+    sac,
+    tensor_rollout,
+    trpo,
+)
 from upslope.control.environments import Environments
 from upslope.report.files import replacing
 from upslope.runs import metrics
@@ -32,10 +47,11 @@ class Workload(NamedTuple):
 
     name: str
     what: str
-    config: ppo.PPO | trpo.TRPO
+    config: ppo.PPO | trpo.TRPO | dqn.DQN | sac.SAC
     steps: int  # of a repeat
     peer: dict[str, Any]  # settings of the peer's class of the same name
     vectors: tuple[str, ...]  # environment.vectorization, fastest last
+    library: str = "stable_baselines3"
 
 
 W1 = ppo.PPO(
@@ -45,6 +61,12 @@ W1 = ppo.PPO(
 W2 = ppo.PPO(environment=environments.Config("CartPole-v1", 4), rollout_length=128, minibatch_size=128)
 W3 = replace(W2, environment=environments.Config("CartPole-v1", 1024), rollout_length=64, minibatch_size=8192)
 W6 = trpo.TRPO(environment=environments.Config("CartPole-v1", 1, "sync"))
+W4 = dqn.DQN(
+    environment=environments.Config("CartPole-v1", 1, "sync"), optimizer=optimizers.Adam(1e-4, 1e-8),
+    run=runs.Config(log_interval=50), learning_starts=100, train_interval=1, batch_size=64,
+)  # fmt: skip
+W5 = sac.SAC(environment=environments.Config("Pendulum-v1", 1, "sync"), run=runs.Config(log_interval=50))
+W5_HALF = replace(W5, network=actors.Stochastic(precision="bfloat16"))
 _W2 = {"n_epochs": 4, "ent_coef": 0.01, "learning_rate": [2.5e-4], "clip_range": 0.2}
 WORKLOADS = (
     Workload(
@@ -60,14 +82,22 @@ WORKLOADS = (
         "W3", "PPO, 1024 × 64 steps, 8 minibatches, 4 epochs", W3, 655_360,
         {"n_envs": 1024, "n_steps": 64, "batch_size": 8192, **_W2}, ("auto", "tensor"),
     ),
-    Workload("W6", "TRPO, 1 × 2048 steps, sb3-contrib's defaults", W6, 10_240, {"n_envs": 1}, ("sync",)),
+    Workload(
+        "W4", "DQN, 256×256, batch 64, one update per step", W4, 4_000,
+        {"n_envs": 1, "batch_size": 64, "train_freq": 1, "gradient_steps": 1, "learning_starts": 100,
+         "buffer_size": 100_000, "target_update_interval": 500, "policy_kwargs": {"net_arch": [256, 256]}}, ("sync",),
+    ),
+    Workload("W5", "SAC on Pendulum-v1, 256×256, batch 256, one update per step", W5, 1_500, {"n_envs": 1}, ("sync",)),
+    Workload("W5-sbx", "as W5, beside sbx", W5, 1_500, {"n_envs": 1}, ("sync",), "sbx"),
+    Workload("W5-bf16", "as W5 in bfloat16, beside sbx", W5_HALF, 1_500, {"n_envs": 1}, ("sync",), "sbx"),
+    Workload("W6", "TRPO, 1 × 2048 steps, sb3-contrib's defaults", W6, 10_240, {"n_envs": 1}, ("sync",), "sb3_contrib"),
 )  # fmt: skip
 
 PEER = """
-import json, sys, time
+import importlib, json, sys, time
 import torch
 torch.set_num_threads(1)
-import sb3_contrib, stable_baselines3
+import stable_baselines3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -84,8 +114,9 @@ print(json.dumps({"version": stable_baselines3.__version__}), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     settings = {k: (lambda left, x=v[0]: left * x) if isinstance(v, list) else v for k, v in job["settings"].items()}
-    kind = {"PPO": stable_baselines3.PPO, "TRPO": sb3_contrib.TRPO}[job["algorithm"]]
-    envs = make_vec_env("CartPole-v1", settings.pop("n_envs"), seed=job["seed"])
+    library = importlib.import_module(job["library"])
+    kind = getattr(library, job["algorithm"])
+    envs = make_vec_env(job["environment"], settings.pop("n_envs"), seed=job["seed"])
     model, marks = kind("MlpPolicy", envs, seed=job["seed"], device="cpu", **settings), Marks()
     model.learn(job["steps"], callback=marks)
     print(json.dumps({"marks": marks.marks + [(time.perf_counter(), model.num_timesteps)]}), flush=True)
@@ -102,8 +133,9 @@ class Peer:
 
     def rate(self, workload: Workload, seed: int) -> float:
         assert self.process.stdin is not None
-        job = {"algorithm": type(workload.config).__name__, "seed": seed, "steps": workload.steps}
-        self.process.stdin.write(json.dumps({**job, "settings": workload.peer}) + "\n")
+        named = {"algorithm": type(workload.config).__name__, "environment": workload.config.environment.id}
+        job = {**named, "library": workload.library, "seed": seed, "steps": workload.steps, "settings": workload.peer}
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return steady(self._read()["marks"])
 
@@ -111,7 +143,9 @@ class Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError("the peer's interpreter ended early: does it have stable-baselines3 and sb3-contrib?")
+            raise ValueError(
+                "the peer's interpreter ended early: does it have stable-baselines3, sb3-contrib and sbx-rl?"
+            )
         return json.loads(line)
 
     def close(self) -> None:
@@ -130,6 +164,11 @@ def steady(marks: Sequence[tuple[float, int]]) -> float:
     return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
 
 
+TRAIN: dict[type, Callable[..., Any]] = {
+    ppo.PPO: fast_ppo.train, trpo.TRPO: trpo.train, dqn.DQN: dqn.train, sac.SAC: sac.train,
+}  # fmt: skip
+
+
 class Timed(NamedTuple):
     """One training of Upslope's."""
 
@@ -140,14 +179,15 @@ class Timed(NamedTuple):
 
 def train(workload: Workload, vectorization: Any, seed: int) -> Timed:
     """One run, written to a directory as every run is."""
-    config = workload.config
+    config: Any = workload.config
     environment = replace(config.environment, vectorization=vectorization)
     with tempfile.TemporaryDirectory() as directory, profiled() as spent:
-        options = runs.Config(seed, Path(directory) / "run", quiet=True, compile=None)
-        if isinstance(config, ppo.PPO):
-            options = replace(options, compile=True)
+        compiles = not isinstance(config, trpo.TRPO)
+        options = replace(
+            config.run, seed=seed, run_dir=Path(directory) / "run", quiet=True, compile=True if compiles else None
+        )  # fmt: skip
         config = replace(config, environment=environment, total_steps=workload.steps, run=options)
-        (fast_ppo if isinstance(config, ppo.PPO) else trpo).train(config)
+        TRAIN[type(config)](config)
         marks = [(row["seconds"], row["step"]) for row in metrics.read(Path(directory) / "run")]
     after = next(i for i, mark in enumerate(marks) if mark[1] >= 0.1 * workload.steps)
     whole = marks[-1][0] - marks[after][0]
@@ -161,10 +201,14 @@ def train(workload: Workload, vectorization: Any, seed: int) -> Timed:
 TIMED: tuple[tuple[Any, str, str], ...] = (  # where a name is looked up when it is called
     (Environments, "step", "environment"),
     (rollout, "collect", "collect"),
+    (offpolicy, "collect", "collect"),
+    (offpolicy, "batch", "replay"),
+    (offpolicy_program, "_moved", "program"),
     (tensor_rollout, "draw", "noise"),
     (program, "_moved", "program"),
     (trpo, "update", "update"),
     (learner, "report", "logging"),
+    (offpolicy, "report", "logging"),
 )
 
 
@@ -197,9 +241,9 @@ def profiled() -> Iterator[dict[str, list[float]]]:
 class Options:
     """What is measured."""
 
-    workloads: tuple[str, ...] = ("W1", "W2", "W3", "W6")
+    workloads: tuple[str, ...] = tuple(workload.name for workload in WORKLOADS)
     repeats: int = 5
-    peer: str | None = None  # an interpreter that has stable-baselines3 and sb3-contrib
+    peer: str | None = None  # an interpreter that has stable-baselines3, sb3-contrib and sbx-rl
 
     def __post_init__(self) -> None:
         known = [workload.name for workload in WORKLOADS]
@@ -275,7 +319,7 @@ def cells(row: Result) -> list[str]:
     ]  # fmt: skip
 
 
-HEAD = ("workload", "environment", "Upslope, steps/s", "SB3, steps/s", "ratio", "start", "where the time goes")
+HEAD = ("workload", "environment", "Upslope, steps/s", "peer, steps/s", "ratio", "start", "where the time goes")
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -306,5 +350,5 @@ def draw(results: Sequence[Result]) -> Figure:
     axes.set_yticks(range(len(results)), [f"{row.workload}, {row.environment}" for row in results])
     axes.invert_yaxis()
     axes.axvline(1.0, color="0.5", linewidth=1)
-    axes.set_xlabel("steps a second, in units of Stable-Baselines3's" if results[0].peer else "steps a second")
+    axes.set_xlabel("steps a second, in units of the peer's" if results[0].peer else "steps a second")
     return figure

@@ -28,6 +28,7 @@ class Config:
     hidden: tuple[int, ...] = (400, 300)
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "relu"
     cnn_features: int = 512
+    precision: networks.Precision = "float32"  # of products between hidden layers; θ and all else stay float32
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
@@ -41,6 +42,7 @@ class Config:
         return Torso(
             observation_space,
             networks.Config(self.hidden, self.activation, orthogonal=False, cnn_features=self.cnn_features),
+            precision=self.precision,
         )
 
 
@@ -154,6 +156,7 @@ class Critics(nn.Module):
         self.register_buffer("high", high)
         self.encoder = networks.encoder(observation_space, config.cnn_features)
         self.activation = networks.ACTIVATIONS[config.activation]
+        self.between = networks.PRECISIONS[config.precision]
         sizes = (self.encoder.size + len(low), *config.hidden, 1)  # type: ignore[operator]
         pairs = list(itertools.pairwise(sizes))
         uniform = lambda i, *shape: nn.Parameter(torch.empty(n, *shape).uniform_(-1, 1) / math.sqrt(i))  # noqa: E731
@@ -167,7 +170,9 @@ class Critics(nn.Module):
         unit = distributions.unit(action, self.low, self.high)
         x = torch.cat([self.encoder(observation), unit], -1).expand(count or len(self.weights[0]), -1, -1)
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias[:count], self.activation(x) if k else x, weight[:count])
+            parts = bias[:count], self.activation(x) if k else x, weight[:count]
+            middle = self.between is not None and 0 < k < len(self.biases) - 1
+            x = torch.baddbmm(*(part.to(self.between if middle else bias.dtype) for part in parts))
         return x.squeeze(-1)
 
 

@@ -16,7 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import action_noise, actors, environments, normalization, offpolicy, optimizers, replay
+from upslope.control import (
+    action_noise,
+    actors,
+    environments,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    replay,
+)
 from upslope.control.agent import Agent
 from upslope.control.networks import seeded
 from upslope.control.offpolicy import State
@@ -81,10 +90,10 @@ def critic_objective(
     return -error.mean(), Terms(error.detach(), q[0].detach())
 
 
-def objective(theta: Float[Tensor, " d"], nets: Nets, batch: replay.Batch) -> tuple[Tensor, None]:
+def objective(theta: Float[Tensor, " d"], nets: Nets, batch: replay.Batch) -> tuple[Tensor, tuple[()]]:
     """The mean of Q(s, π(s))."""
     action = nets.actor(theta, batch.observation).mode()
-    return nets.critic(nets.judge, batch.observation, action).mean(), None
+    return nets.critic(nets.judge, batch.observation, action).mean(), ()
 
 
 @torch.no_grad()
@@ -104,6 +113,17 @@ def update(
     offpolicy.follow(state.others["actor_target"], state.theta, config.target_tau)
     offpolicy.follow(state.others["critic_target"], state.others["critic"], config.target_tau)
     return state, part, {"grad_norm": norm, "q_grad_norm": q_norm}
+
+
+def learn(
+    state: State, nets: Nets, batch: replay.Batch, noise: None, config: DDPG
+) -> tuple[State, Terms, dict[str, float]]:
+    """One gradient step of Q and of π; what is compiled where that pays."""
+    # 2. estimate the target
+    target = estimate(state, nets, batch)
+
+    # 3. objectives and 4. update: one step of Q and of π
+    return update(state, nets, batch, target, config)
 
 
 def begin(config: DDPG, session: Run, theta: Float[Tensor, " d"] | None = None) -> tuple[State, Nets]:
@@ -134,6 +154,7 @@ def train(config: DDPG, session: Run | None = None, theta: Float[Tensor, " d"] |
     """
     with session or Run("ddpg", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
+        step = offpolicy_program.of(learn, nets, config, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             choose = action_noise.behaviour(state, nets.actor, config)
@@ -143,12 +164,8 @@ def train(config: DDPG, session: Run | None = None, theta: Float[Tensor, " d"] |
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                # 2. estimate the target of a batch
                 batch = offpolicy.batch(state, config, random)
-                target = estimate(state, nets, batch)
-
-                # 3. objectives and 4. update: one step of Q and of π
-                state, part, numbers = update(state, nets, batch, target, config)
+                state, part, numbers = step(state, nets, batch, None, config)  # 2. to 4., see `learn`
 
             state = offpolicy.advance(state, world, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import environments, learner, normalization, offpolicy, optimizers, qnetworks, replay
+from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation
 from upslope.control.offpolicy import State
@@ -102,12 +102,21 @@ def estimate(state: State, net: Net, batch: replay.Batch, noise: list[Tensor | N
 
 def update(
     state: State, net: Net, batch: replay.Batch, target: Float[Tensor, " B"], noise: Tensor | None, config: DQN
-) -> tuple[Float[Tensor, " d"], dict[str, optimizers.State], Terms, float]:
+) -> tuple[State, Terms, dict[str, float]]:
     """One step uphill; θ and the optimiser's memory are updated in place."""
-    rate = learner.learning_rate(state, config)
-    gradient, _, part = net.gradient(objective, state.theta, net, batch, target, noise, config)
-    theta, memory, norm = learner.ascend(state.theta, state.optimizer["theta"], gradient, config, rate)
-    return theta, {"theta": memory}, Terms(*(each.detach() for each in part)), norm
+    state, part, norm = offpolicy.ascend(state, "theta", net, config, objective, net, batch, target, noise, config)
+    return state, Terms(*(each.detach() for each in part)), {"grad_norm": norm}
+
+
+def learn(
+    state: State, net: Net, batch: replay.Batch, noise: list[Tensor | None], config: DQN
+) -> tuple[State, Terms, dict[str, float]]:
+    """One gradient step; what is compiled where that pays."""
+    # 2. estimate the target
+    target = estimate(state, net, batch, noise[:2], config)
+
+    # 3. objective and 4. update: one step
+    return update(state, net, batch, target, noise[2], config)
 
 
 def behaviour(state: State, net: Net, config: DQN) -> offpolicy.Choose:
@@ -151,28 +160,24 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         state, net = offpolicy.start(config, session, begin, theta, config.priority_exponent > 0)
         for frozen in state.others.values():
             net.freeze(frozen)
+        step = offpolicy_program.of(learn, net, config, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             world = offpolicy.collect(behaviour(state, net, config), state, config, config.train_interval)
 
             count = offpolicy.gradient_steps(state, world, config)
-            random, part, numbers = offpolicy.noise(state, config, "replay"), None, {}
+            random, part = offpolicy.noise(state, config, "replay"), None
+            numbers: dict[str, float] = {}
             beta = exploration.linear_schedule(state.step, config.priority_beta, 1.0, config.total_steps)
             for _ in range(count):
-                # 2. estimate the target of a batch
                 batch = offpolicy.batch(
                     state, config, random, config.n_step, float(beta) if config.priority_exponent else None
                 )
-                *noise, mine = noises(net, 3, random)
-                target = estimate(state, net, batch, noise, config)
-
-                # 3. objective and 4. update: one step
-                theta, optimizer, part, norm = update(state, net, batch, target, mine, config)
-                numbers = {"grad_norm": norm}
+                noise = noises(net, 3, random)
+                state, part, numbers = step(state, net, batch, noise, config)  # 2. to 4., see `learn`
                 if config.priority_exponent:
                     error = part.td_error.numpy()
                     state.replay.prioritise(batch.row, error, config.priority_exponent, config.priority_epsilon)
-                state = state._replace(theta=theta, optimizer=optimizer)
 
             if config.target_interval and offpolicy.passed(config.target_interval, state.step, world.steps):
                 target = state.others["target"]

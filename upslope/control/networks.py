@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
 }
 
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}  # None: as θ is
+
 
 @dataclass(frozen=True)
 class Config:
@@ -191,17 +194,23 @@ def unsupported(space: spaces.Space) -> ValueError:
 
 
 class MLP(nn.Module):
-    """Linear layers, each followed by the activation."""
+    """Linear layers, each followed by the activation; `precision` is of the products between hidden layers."""
 
-    def __init__(self, size: int, hidden: tuple[int, ...], activation: str) -> None:
+    def __init__(self, size: int, hidden: tuple[int, ...], activation: str, precision: Precision = "float32") -> None:
         super().__init__()
+        self.between = PRECISIONS[precision]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip((size, *hidden), hidden, strict=False))
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "batch size"]) -> Float[Tensor, "batch width"]:
-        for layer in self.layers:
-            x = self.activation(layer(x))
-        return x
+        for k, layer in enumerate(self.layers):
+            if k and self.between is not None:
+                weight, bias = (parameter.to(self.between) for parameter in layer.parameters())
+                x = nn.functional.linear(x.to(self.between), weight, bias)
+            else:
+                x = layer(x)
+            x = self.activation(x)
+        return x if self.between is None else x.to(next(self.parameters()).dtype)
 
 
 def initialize(module: nn.Module, gain: float) -> nn.Module:
@@ -300,10 +309,10 @@ class Torso(nn.Module):
     `place` is where the states of this cell lie in a memory.
     """
 
-    def __init__(self, space: spaces.Space, config: Config, first: int = 0) -> None:
+    def __init__(self, space: spaces.Space, config: Config, first: int = 0, precision: Precision = "float32") -> None:
         super().__init__()
         self.encoder = encoder(space, config.cnn_features)
-        self.layers = MLP(self.encoder.size, config.hidden, config.activation)  # type: ignore[arg-type]
+        self.layers = MLP(self.encoder.size, config.hidden, config.activation, precision)  # type: ignore[arg-type]
         size: int = config.hidden[-1] if config.hidden else self.encoder.size  # type: ignore[assignment]
         self.cell = memory.cell(config.memory, size, config.memory_size)
         self.size = size if self.cell is None else self.cell.size

@@ -130,7 +130,7 @@ def linear(initial: float, progress: float, anneal: bool) -> float:
     >>> linear(1.0, 0.25, True), linear(1.0, 0.25, False)
     (0.75, 1.0)
     """
-    return initial * max(0.0, 1.0 - progress) if anneal else initial
+    return initial * (1.0 - progress) if anneal else initial
 
 
 def pack(state: State) -> dict[str, Tensor]:

@@ -19,7 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import actors, environments, normalization, offpolicy, optimizers, replay
+from upslope.control import (
+    actors,
+    environments,
+    learner,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    replay,
+)
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation, seeded
 from upslope.control.offpolicy import State
@@ -101,10 +110,10 @@ def critic_objective(
 
 def value_objective(
     theta: Float[Tensor, " v"], nets: Nets, batch: replay.Batch, target: Float[Tensor, " B"]
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, tuple[()]]:
     """- the mean of ½ (V(s) - target)², S4 eq 2.20."""
     assert nets.value is not None
-    return -0.5 * values.squared_error(nets.value(theta, batch.observation), target).mean(), None
+    return -0.5 * values.squared_error(nets.value(theta, batch.observation), target).mean(), ()
 
 
 def objective(
@@ -152,6 +161,21 @@ def update(
     return state, Terms(error, q, -logp), {"grad_norm": norm, "q_grad_norm": q_norm, "alpha": alpha}
 
 
+def learn(
+    state: State, nets: Nets, batch: replay.Batch, noise: Float[Tensor, "2 B k"], config: SAC
+) -> tuple[State, Terms, dict[str, float]]:
+    """One gradient step of everything; what is compiled where that pays."""
+    # 2. estimate the targets
+    alpha = temperature(state, config)
+    targets = estimate(state, nets, batch, noise, alpha, config)
+
+    # 3. objectives and 4. update: one step of each
+    state, part, numbers = update(state, nets, batch, targets, noise, alpha, config)
+    online = state.others["critic" if nets.value is None else "value"]
+    offpolicy.follow(state.others["target"], online, config.target_tau)
+    return state, part, numbers
+
+
 def behaviour(state: State, net: Net, config: SAC) -> offpolicy.Choose:
     """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
@@ -195,7 +219,7 @@ def begin(config: SAC, session: Run, theta: Float[Tensor, " d"] | None = None) -
 
 def temperature(state: State, config: SAC) -> float:
     """α, learned or fixed."""
-    return float(state.others["log_alpha"].exp()) if config.learn_alpha else config.alpha
+    return learner.number(state.others["log_alpha"].exp().squeeze()) if config.learn_alpha else config.alpha
 
 
 def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | None = None) -> Agent:
@@ -208,6 +232,7 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
     """
     with session or Run("sac", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
+        step = offpolicy_program.of(learn, nets, config, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             world = offpolicy.collect(behaviour(state, nets.actor, config), state, config, config.train_interval)
@@ -216,15 +241,9 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                # 2. estimate the targets of a batch
-                batch, alpha = offpolicy.batch(state, config, random), temperature(state, config)
+                batch = offpolicy.batch(state, config, random)
                 noise = torch.randn(2, *batch.action.shape, generator=random)
-                targets = estimate(state, nets, batch, noise, alpha, config)
-
-                # 3. objectives and 4. update: one step of each
-                state, part, numbers = update(state, nets, batch, targets, noise, alpha, config)
-                online = state.others["critic" if nets.value is None else "value"]
-                offpolicy.follow(state.others["target"], online, config.target_tau)
+                state, part, numbers = step(state, nets, batch, noise, config)  # 2. to 4., see `learn`
 
             state = offpolicy.advance(state, world, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)

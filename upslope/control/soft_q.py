@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import environments, normalization, offpolicy, optimizers, qnetworks, replay
+from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation
 from upslope.control.offpolicy import State
@@ -98,6 +98,17 @@ def update(
     return state, Terms(*(each.detach() for each in part)), {"grad_norm": norm}
 
 
+def learn(
+    state: State, net: Net, batch: replay.Batch, noise: None, config: SoftQ
+) -> tuple[State, Terms, dict[str, float]]:
+    """One gradient step; what is compiled where that pays."""
+    # 2. estimate the target
+    target = estimate(state, net, batch, config)
+
+    # 3. objective and 4. update: one step
+    return update(state, net, batch, target, config)
+
+
 def behaviour(state: State, net: Net, config: SoftQ) -> offpolicy.Choose:
     """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
@@ -124,6 +135,7 @@ def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] 
         begin = lambda theta: ({"target": theta.clone()}, {"theta": config.optimizer.start(theta)})  # noqa: E731
         state, net = offpolicy.start(config, session, begin, theta)
         net.freeze(state.others["target"])
+        step = offpolicy_program.of(learn, net, config, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             world = offpolicy.collect(behaviour(state, net, config), state, config, config.train_interval)
@@ -132,12 +144,8 @@ def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                # 2. estimate the target of a batch
                 batch = offpolicy.batch(state, config, random)
-                target = estimate(state, net, batch, config)
-
-                # 3. objective and 4. update: one step
-                state, part, numbers = update(state, net, batch, target, config)
+                state, part, numbers = step(state, net, batch, None, config)  # 2. to 4., see `learn`
 
             if offpolicy.passed(config.target_interval, state.step, world.steps):
                 offpolicy.follow(state.others["target"], state.theta, config.target_tau)

@@ -16,7 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import action_noise, actors, environments, normalization, offpolicy, optimizers, replay
+from upslope.control import (
+    action_noise,
+    actors,
+    environments,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    replay,
+)
 from upslope.control.agent import Agent
 from upslope.control.networks import seeded
 from upslope.control.offpolicy import State
@@ -84,10 +93,10 @@ def critic_objective(
     return -error.mean(), Terms(error.detach(), q[0].detach())
 
 
-def objective(theta: Float[Tensor, " d"], nets: Nets, batch: replay.Batch) -> tuple[Tensor, None]:
+def objective(theta: Float[Tensor, " d"], nets: Nets, batch: replay.Batch) -> tuple[Tensor, tuple[()]]:
     """The mean of Q1(s, π(s))."""
     action = nets.actor(theta, batch.observation).mode()
-    return nets.critic(nets.judge, batch.observation, action, 1).mean(), None
+    return nets.critic(nets.judge, batch.observation, action, 1).mean(), ()
 
 
 @torch.no_grad()
@@ -113,6 +122,17 @@ def update(
     offpolicy.follow(state.others["actor_target"], state.theta, config.target_tau)
     offpolicy.follow(state.others["critic_target"], state.others["critic"], config.target_tau)
     return state, part, {"grad_norm": norm, "q_grad_norm": q_norm}
+
+
+def learn(
+    state: State, nets: Nets, batch: replay.Batch, noise: Float[Tensor, "B k"], config: TD3, due: bool
+) -> tuple[State, Terms, dict[str, float]]:
+    """One gradient step of Q, where due of π; what is compiled where that pays."""
+    # 2. estimate the target
+    target = estimate(state, nets, batch, noise, config)
+
+    # 3. objectives and 4. update: one step of Q, and of π when it is due
+    return update(state, nets, batch, target, due, config)
 
 
 def begin(config: TD3, session: Run, theta: Float[Tensor, " d"] | None = None) -> tuple[State, Nets]:
@@ -143,6 +163,7 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
     """
     with session or Run("td3", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
+        step = offpolicy_program.of(learn, nets, config, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             choose = action_noise.behaviour(state, nets.actor, config)
@@ -152,14 +173,10 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for k in range(count):
-                # 2. estimate the target of a batch
                 batch = offpolicy.batch(state, config, random)
                 noise = torch.randn(batch.action.shape, generator=random)
-                target = estimate(state, nets, batch, noise, config)
-
-                # 3. objectives and 4. update: one step of Q, and of π when it is due
                 due = (state.updates + k + 1) % config.policy_delay == 0
-                state, part, now = update(state, nets, batch, target, due, config)
+                state, part, now = step(state, nets, batch, noise, config, due)  # 2. to 4., see `learn`
                 numbers |= now
 
             state = offpolicy.advance(state, world, count)

@@ -137,3 +137,9 @@ def decode(model: Model, completion: Sequence[int]) -> str:
     """A completion's text, without its end of sequence."""
     ids = completion[:-1] if completion and completion[-1] == model.eos else completion
     return model.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def tokens(model: Model, completion: Sequence[int]) -> list[str]:
+    """A completion's tokens as text, one by one; an id that only the model knows, as padded embeddings have, as <id>."""
+    texts = model.tokenizer.convert_ids_to_tokens(list(completion))
+    return [f"<{i}>" if text is None else text for i, text in zip(completion, texts, strict=True)]

@@ -210,7 +210,7 @@ def write_samples(
                 "prompt": shown.rows[i]["prompt"],
                 "completion": prompts.decode(origin.model, completion),
                 "reward": float(shown.reward[i]),
-                "tokens": origin.model.tokenizer.convert_ids_to_tokens(completion),
+                "tokens": prompts.tokens(origin.model, completion),
                 **{name: [round(x, 4) for x in each[: len(completion)].tolist()] for name, each in numbers.items()},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,83 @@
+"""Gradient steps of the off-policy algorithms as programs: equal to the eager ones, and resumed to the bit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from upslope.control import actors, ddpg, dqn, environments, offpolicy, offpolicy_program, qnetworks, sac, soft_q, td3
+from upslope.control.offpolicy import State
+from upslope.runs import checkpoint
+from upslope.runs import run as runs
+from upslope.runs.run import Run
+
+pytestmark = pytest.mark.slow
+SMALL = {"total_steps": 60, "learning_starts": 20, "replay_capacity": 200, "batch_size": 16}
+STOCHASTIC, CRITICS = actors.Stochastic(hidden=(16, 16)), actors.Config(hidden=(16, 16))
+GRIDS = environments.Config("CartPole-v1", 2, "sync")
+PENDULUM = environments.Config("Pendulum-v1", 2, "sync")
+CONFIGS: dict[str, tuple[Any, Any]] = {
+    "sac": (sac, sac.SAC(PENDULUM, STOCHASTIC, anneal_learning_rate=True, **SMALL)),  # type: ignore[arg-type]
+    "sac with V": (sac, sac.SAC(PENDULUM, STOCHASTIC, value_network=True, learn_alpha=False, **SMALL)),  # type: ignore[arg-type]
+    "td3": (td3, td3.TD3(PENDULUM, CRITICS, **SMALL)),  # type: ignore[arg-type]
+    "ddpg": (ddpg, ddpg.DDPG(PENDULUM, CRITICS, **SMALL)),  # type: ignore[arg-type]
+    "soft-q": (soft_q, soft_q.SoftQ(GRIDS, qnetworks.Boltzmann((16,)), target_interval=10, **SMALL)),  # type: ignore[arg-type]
+    "dqn": (
+        dqn,
+        dqn.DQN(
+            GRIDS, qnetworks.Config((16,), dueling=True, noisy="factorised"), n_step=2, double=True,
+            priority_exponent=0.6, target_interval=10, **SMALL,  # type: ignore[arg-type]
+        ),
+    ),
+}  # fmt: skip
+
+
+def trained(module: Any, config: Any, compile: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Everything that a run of this kind ends with."""
+    ends: list[State] = []
+    monkeypatch.setattr(offpolicy, "finish", lambda session, state, net, config: ends.append(state))
+    module.train(replace(config, run=runs.Config(quiet=True, compile=compile)))
+    return offpolicy.pack(ends[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_and_eager_runs_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, config = CONFIGS[name]
+    eager, compiled = (trained(module, config, compile, monkeypatch) for compile in (False, True))
+    assert eager.keys() == compiled.keys()
+    moved = [key for key in eager if key.startswith(("theta", "others", "optimizers"))]
+    for key in moved:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
+    start = trained(module, replace(config, total_steps=20), False, monkeypatch)
+    assert not torch.allclose(start["theta"], eager["theta"], atol=1e-3)  # there was something to agree on
+
+
+def test_a_compiled_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    config = replace(CONFIGS["td3"][1], total_steps=80)
+
+    def run(name: str, steps: int) -> Any:
+        where = runs.Config(run_dir=tmp_path / name, quiet=True, compile=True)
+        return replace(config, total_steps=steps, run=where)
+
+    td3.train(run("whole", 80))
+    td3.train(run("cut", 50))
+    again = run("cut", 80)
+    td3.train(again, Run.resume(tmp_path / "cut", "td3", again, 80))
+    ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut")]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    assert all(torch.equal(part, ends[1].tensors[key]) for key, part in ends[0].tensors.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_a_compiled_run() -> None:
+    config = CONFIGS["ddpg"][1]
+    with Run("ddpg", replace(config, run=runs.Config(quiet=True)), 1) as session:
+        state, nets = ddpg.begin(config, session)
+        world = offpolicy.collect(lambda observation, t: torch.zeros(2, 1), state, config, 20)
+        state = offpolicy.advance(state, world, 0)
+        batch = offpolicy.batch(state, config, torch.Generator())
+        step = offpolicy_program.compiled(ddpg.learn, nets, config)
+        with pytest.raises(ValueError, match="grad_norm is nan"):
+            step(state, nets, batch._replace(reward=batch.reward * torch.nan), None, config)
