@@ -1,5 +1,6 @@
 """Noise on the actions of a deterministic policy: Gaussian, or Ornstein-Uhlenbeck, which wanders."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,12 +30,19 @@ class Config:
         settings.positive(self, "dt")
 
 
-def behaviour(state: State, net: Net, config: Any) -> offpolicy.Choose:
+def act(net: Net, theta: Float[Tensor, " d"], observation: Observation, noise: Tensor) -> Float[Tensor, "N k"]:
+    """π's action and noise, within its range."""
+    policy = net(theta, observation)
+    return distributions.rescale((policy.unit + noise).clamp(-1, 1), policy.low, policy.high)
+
+
+def behaviour(state: State, net: Net, config: Any, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
     """π's action with this iteration's noise, within its range; before `learning_starts` uniform ones.
 
     Ornstein-Uhlenbeck's state is one of the run's tensors, changed in place; it begins at 0 where an episode does, as
     far as that can be seen between iterations.
     """
+    acts = acts or functools.partial(act, net)
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
     head, wandering = net.module.policy.head, state.others.get("noise")  # type: ignore[union-attr]
     normal = torch.randn(config.train_interval, n, head.size, generator=random)  # type: ignore[arg-type]
@@ -48,8 +56,7 @@ def behaviour(state: State, net: Net, config: Any) -> offpolicy.Choose:
             noise = kept.copy_(exploration.ornstein_uhlenbeck(kept, normal[t], step.pull, step.std, step.dt))
         if state.step + t * n < config.learning_starts:
             return offpolicy.random_actions(state.world.envs.action_space, n, random)
-        policy = net(state.theta, observation)
-        return distributions.rescale((policy.unit + noise).clamp(-1, 1), policy.low, policy.high)
+        return acts(state.theta, observation, noise)
 
     return choose
 

@@ -170,9 +170,10 @@ class Critics(nn.Module):
         unit = distributions.unit(action, self.low, self.high)
         x = torch.cat([self.encoder(observation), unit], -1).expand(count or len(self.weights[0]), -1, -1)
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            parts = bias[:count], self.activation(x) if k else x, weight[:count]
             middle = self.between is not None and 0 < k < len(self.biases) - 1
-            x = torch.baddbmm(*(part.to(self.between if middle else bias.dtype) for part in parts))
+            parts = (self.activation(x) if k else x, weight[:count], bias[:count])
+            x, weight, bias = (part.to(self.between if middle else bias.dtype) for part in parts)
+            x = torch.bmm(x, weight) + bias  # not baddbmm: a program adds it with the activation
         return x.squeeze(-1)
 
 

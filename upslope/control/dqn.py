@@ -10,11 +10,12 @@ Approximate Q-learning (S3 6.2) is the plain setting: `replay_capacity` 0 learns
 `target_interval` 0 has no target network. Double, dueling, prioritised, noisy and n-step are each a switch.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
@@ -119,8 +120,23 @@ def learn(
     return update(state, net, batch, target, noise[2], config)
 
 
-def behaviour(state: State, net: Net, config: DQN) -> offpolicy.Choose:
+def act(
+    net: Net,
+    theta: Float[Tensor, " d"],
+    observation: Observation,
+    weights: Tensor | None,
+    epsilon: Float[Tensor, ""],
+    uniform: Float[Tensor, " N"],
+    any_action: Int64[Tensor, " N"],
+) -> Int64[Tensor, " N"]:
+    """The best action, or with probability ε any; for a network with noise in its weights always the best."""
+    q = net(theta, observation, weights)
+    return q.argmax(-1) if weights is not None else exploration.epsilon_greedy(q, epsilon, uniform, any_action)
+
+
+def behaviour(state: State, net: Net, config: DQN, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
     """ε-greedy with this iteration's noise, or greedy for a network with noise in its weights."""
+    acts = acts or functools.partial(act, net)
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
     shape = (config.train_interval, n)
     actions = int(state.world.envs.action_space.n)  # type: ignore[attr-defined]
@@ -130,11 +146,8 @@ def behaviour(state: State, net: Net, config: DQN) -> offpolicy.Choose:
     annealed = max(1, round(config.epsilon_fraction * config.total_steps))
 
     def choose(observation: Observation, t: int) -> Tensor:
-        q = net(state.theta, observation, weights[t])
-        if weights[t] is not None:
-            return q.argmax(-1)
         epsilon = exploration.linear_schedule(state.step + t * n, config.epsilon_start, config.epsilon_end, annealed)
-        return exploration.epsilon_greedy(q, epsilon, uniform[t], any_action[t])
+        return acts(state.theta, observation, weights[t], torch.as_tensor(epsilon), uniform[t], any_action[t])
 
     return choose
 
@@ -161,9 +174,10 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         for frozen in state.others.values():
             net.freeze(frozen)
         step = offpolicy_program.of(learn, net, config, session)
+        acts = offpolicy_program.acting(act, net, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, net, config), state, config, config.train_interval)
+            world = offpolicy.collect(behaviour(state, net, config, acts), state, config, config.train_interval)
 
             count = offpolicy.gradient_steps(state, world, config)
             random, part = offpolicy.noise(state, config, "replay"), None

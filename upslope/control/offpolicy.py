@@ -49,6 +49,7 @@ class Config(learner.Config, Protocol):
 
 
 Start = Callable[[Float[Tensor, " d"]], tuple[dict[str, Tensor], dict[str, optimizers.State]]]
+Act = Callable[..., Tensor]  # (θ, observation, noise, …) -> actions
 Choose = Callable[[Observation, int], Tensor]  # (observation as the network sees it, step of the iteration) -> action
 
 

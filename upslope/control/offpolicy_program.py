@@ -4,6 +4,7 @@ What is compiled is a function `learn`, which also runs as it stands. Whatever c
 next goes in as a tensor: all θs, the optimisers' memories, the batch, noise, and how far the run is.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from upslope.control import compilation
-from upslope.control.offpolicy import Config, State
+from upslope.control.offpolicy import Act, Config, State
 from upslope.control.parameters import Net
 from upslope.control.replay import Batch
 from upslope.runs.run import Run
@@ -69,6 +70,18 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
         return _moved(programs[fixed], state, batch, noise)
 
     return run
+
+
+def acting(act: Act, net: Net, session: Run) -> Act:
+    """(θ, …) -> actions, of act(net, θ, …); compiled where gradient steps are."""
+    if not session.compiled:
+        return functools.partial(act, net)
+    pure = net.pure()
+
+    def choice(*inputs: Any) -> Tensor:
+        return act(pure, *inputs)
+
+    return compilation.compiled(choice)
 
 
 def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) -> tuple[State, Any, dict[str, float]]:

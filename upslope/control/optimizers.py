@@ -46,10 +46,14 @@ class Adam:
         step, (mean, square) = state.step + 1, state.memory
         mean.lerp_(gradient, 1 - self.beta1)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        # √v̂ + ε = (√v + ε√c2)/√c2 with c2 = 1-β2^t: one vector operation less
+        # √v̂ + ε = (√v + ε√c2)/√c2 with c2 = 1-β2^t: two vector operations less
         root = (1 - self.beta2**step) ** 0.5
-        denominator = square.sqrt().add_(self.epsilon * root)
-        theta.addcdiv_(mean, denominator.div_(learning_rate * root / (1 - self.beta1**step)))
+        small, rate = self.epsilon * root, learning_rate * root / (1 - self.beta1**step)
+        if isinstance(step, Tensor):  # stacked they are computed once, else a program takes powers for every 16 numbers
+            small, rate = torch.stack([small, rate]).to(theta.dtype).unbind()
+            theta.addcdiv_(mean * rate, square.sqrt().add_(small))
+        else:
+            theta.addcdiv_(mean, square.sqrt().add_(small), value=rate)
         return theta, State(step, (mean, square))
 
 

@@ -11,6 +11,7 @@ target is r + γ (min(Q̄1, Q̄2)(s', a') - α log π(a'|s')), a' ~ π, as Stabl
 one of the Qs and what happens where an episode terminates (then the target is r): they are put in here.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -176,8 +177,14 @@ def learn(
     return state, part, numbers
 
 
-def behaviour(state: State, net: Net, config: SAC) -> offpolicy.Choose:
+def act(net: Net, theta: Float[Tensor, " d"], observation: Observation, noise: Tensor) -> Float[Tensor, "N k"]:
+    """a ~ π(·|s)."""
+    return net(theta, observation).sample(noise)
+
+
+def behaviour(state: State, net: Net, config: SAC, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
     """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
+    acts = acts or functools.partial(act, net)
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
     head: actors.Head = net.module.policy.head  # type: ignore[assignment, union-attr]
     blocks = 1 if head.state_dependent else config.train_interval  # gSDE keeps one matrix
@@ -186,7 +193,7 @@ def behaviour(state: State, net: Net, config: SAC) -> offpolicy.Choose:
     def choose(observation: Observation, t: int) -> Tensor:
         if state.step + t * n < config.learning_starts:
             return offpolicy.random_actions(state.world.envs.action_space, n, random)
-        return net(state.theta, observation).sample(noise[t % blocks])
+        return acts(state.theta, observation, noise[t % blocks])
 
     return choose
 
@@ -233,9 +240,10 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
     with session or Run("sac", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
         step = offpolicy_program.of(learn, nets, config, session)
+        acts = offpolicy_program.acting(act, nets.actor, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, nets.actor, config), state, config, config.train_interval)
+            world = offpolicy.collect(behaviour(state, nets.actor, config, acts), state, config, config.train_interval)
 
             count = offpolicy.gradient_steps(state, world, config)
             random, part = offpolicy.noise(state, config, "replay"), None

@@ -9,11 +9,12 @@ maximised   - mean Huber(error)
 The maximum of Q-learning becomes a soft one, the value of reward and entropy together: as α tends to 0 this is DQN.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
@@ -109,8 +110,16 @@ def learn(
     return update(state, net, batch, target, config)
 
 
-def behaviour(state: State, net: Net, config: SoftQ) -> offpolicy.Choose:
+def act(
+    net: Net, theta: Float[Tensor, " d"], observation: Observation, alpha: float, noise: Float[Tensor, "N A"]
+) -> Int64[Tensor, " N"]:
+    """a ~ exp(Q(s, ·)/α)."""
+    return distributions.Categorical(net(theta, observation) / alpha).sample(noise)
+
+
+def behaviour(state: State, net: Net, config: SoftQ, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
     """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
+    acts = acts or functools.partial(act, net)
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
     space = state.world.envs.action_space
     noise = distributions.gumbel((config.train_interval, n, int(space.n)), random)  # type: ignore[attr-defined]
@@ -118,7 +127,7 @@ def behaviour(state: State, net: Net, config: SoftQ) -> offpolicy.Choose:
     def choose(observation: Observation, t: int) -> Tensor:
         if state.step + t * n < config.learning_starts:
             return offpolicy.random_actions(space, n, random)
-        return distributions.Categorical(net(state.theta, observation) / config.network.alpha).sample(noise[t])
+        return acts(state.theta, observation, config.network.alpha, noise[t])
 
     return choose
 
@@ -136,9 +145,10 @@ def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] 
         state, net = offpolicy.start(config, session, begin, theta)
         net.freeze(state.others["target"])
         step = offpolicy_program.of(learn, net, config, session)
+        acts = offpolicy_program.acting(act, net, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, net, config), state, config, config.train_interval)
+            world = offpolicy.collect(behaviour(state, net, config, acts), state, config, config.train_interval)
 
             count = offpolicy.gradient_steps(state, world, config)
             random, part = offpolicy.noise(state, config, "replay"), None

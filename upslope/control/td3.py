@@ -164,9 +164,10 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
     with session or Run("td3", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
         step = offpolicy_program.of(learn, nets, config, session)
+        acts = offpolicy_program.acting(action_noise.act, nets.actor, session)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            choose = action_noise.behaviour(state, nets.actor, config)
+            choose = action_noise.behaviour(state, nets.actor, config, acts)
             world = offpolicy.collect(choose, state, config, config.train_interval)
 
             count = offpolicy.gradient_steps(state, world, config)

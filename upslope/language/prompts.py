@@ -140,6 +140,6 @@ def decode(model: Model, completion: Sequence[int]) -> str:
 
 
 def tokens(model: Model, completion: Sequence[int]) -> list[str]:
-    """A completion's tokens as text, one by one; an id that only the model knows, as padded embeddings have, as <id>."""
+    """A completion's tokens as text; an id that only the model knows, as padded embeddings have, as <id>."""
     texts = model.tokenizer.convert_ids_to_tokens(list(completion))
     return [f"<{i}>" if text is None else text for i, text in zip(completion, texts, strict=True)]
