@@ -5,18 +5,20 @@ leave the batch. Each row has uniform numbers of its own, so what it samples doe
 `logp_behavior` is log π of the tempered distribution that was sampled from, before top-k, top-p or min-p cut it.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from upslope.language import decoding
 from upslope.language.batching import pad
 from upslope.language.models import Model, log_probs
 from upslope.runs import settings
+
+LEAVE = 0.9  # finished rows leave when no more than this share of the batch goes on: to copy the others has its price
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,29 @@ def generate(
         sampling: how a token is drawn.
         generator: of the uniform numbers, one a row and step, all drawn at once.
     """
-    network, device, count = model.network, model.device, len(prompts) * group
+    device, count, most = model.device, len(prompts) * group, sampling.max_new_tokens
     rows = pad(prompts, [[]] * len(prompts), model.pad, left=True).to(device)
-    length, most = rows.ids.shape[1], sampling.max_new_tokens
     uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device)
-    cache = _cache(network, length + most)
-    padded = not bool(rows.attention.all())
     ids = torch.full((count, most), model.pad, device=device)
     logp, taken = torch.zeros(count, most, device=device), torch.zeros(count, dtype=torch.int64, device=device)
-    alive = torch.arange(count, device=device)
-    every = rows.attention.repeat_interleave(group, 0)
-    attention = torch.cat([every, every.new_ones(count, most)], 1) if padded else None
+    place, open_ = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     position = rows.positions[:, -1].repeat_interleave(group)
-    logits = _forward(network, cache, rows.ids, rows.attention if padded else None, rows.positions)
-    logits = logits.repeat_interleave(group, 0)
-    _repeat(cache, group)
+    reader = decoding.start(model.network, rows, group, most)
+    logits = reader.logits
     for t in range(most):
-        token, chosen = draw(logits, uniform[alive, t], sampling)
-        ids[alive, t], logp[alive, t] = token, chosen.to(logp.dtype)
-        taken[alive] += 1
-        keep = (token != model.eos).nonzero().squeeze(1)
-        if len(keep) == 0 or t + 1 == most:
+        token, chosen = draw(logits, uniform[place, t], sampling)
+        ids[place, t], logp[place, t] = token.where(open_, model.pad), chosen.to(logp.dtype) * open_
+        taken[place] += open_
+        open_ = open_ & (token != model.eos)
+        going = int(open_.sum())
+        if going == 0 or t + 1 == most:
             break
-        if len(keep) < len(alive):
-            alive, token, position = alive[keep], token[keep], position[keep]
-            cache.batch_select_indices(keep)
-            attention = None if attention is None else attention[keep]
+        if going <= LEAVE * len(place):
+            keep = open_.nonzero().squeeze(1)
+            place, token, position, open_ = place[keep], token[keep], position[keep], open_[keep]
+            reader.select(keep)
         position = position + 1
-        seen = None if attention is None else attention[:, : length + t + 1]
-        logits = _forward(network, cache, token.unsqueeze(1), seen, position.unsqueeze(1))
+        logits = reader.step(token, position)
     response = torch.arange(most, device=device) < taken.unsqueeze(1)
     last = ids.gather(1, (taken - 1).unsqueeze(1)).squeeze(1)
     width = int(taken.max())
@@ -115,7 +111,7 @@ def draw(
         return token, wide.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
     logp = (wide / sampling.temperature).log_softmax(-1)
     kept = filtered(logp, sampling) if sampling.filters else logp
-    cumulative = kept.exp().double().cumsum(-1)
+    cumulative = kept.exp().cumsum(-1, dtype=torch.float64)
     share = uniform.unsqueeze(-1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, share, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -149,55 +145,3 @@ def mismatch(model: Model, prompts: Sequence[Sequence[int]], done: Completions, 
     with torch.no_grad():
         ours = log_probs(model.network, batch, temperature)[batch.response]
     return float((ours - done.logp_behavior[done.response]).abs().max())
-
-
-def _forward(
-    network: Any, cache: Any, ids: Tensor, attention: Tensor | None, positions: Tensor
-) -> Float[Tensor, "N V"]:
-    """Logits of the token after the last one."""
-    given = {_cache_name(network): cache}
-    out = network(
-        input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1, **given
-    )  # fmt: skip
-    return out.logits[:, -1]
-
-
-def _cache_name(network: Any) -> str:
-    plain = network.get_base_model() if hasattr(network, "get_base_model") else network
-    return "cache" if "cache" in inspect.signature(plain.forward).parameters else "past_key_values"
-
-
-def _cache(network: Any, length: int) -> Any:
-    """Transformers' cache, its full-attention layers in blocks that are allocated once."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class Block(DynamicLayer):
-        """Keys and values in one preallocated block; what was written is a view of it."""
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.filled, self.blocks = 0, (key_states, value_states)
-            if not self.filled or self.blocks[0].shape[0] != key_states.shape[0]:  # new, or other rows
-                shape = (*key_states.shape[:2], length, key_states.shape[3])
-                self.blocks = key_states.new_empty(shape), value_states.new_empty(shape)
-                if self.filled:
-                    for block, old in zip(self.blocks, (self.keys, self.values), strict=True):
-                        block[:, :, : self.filled] = old  # type: ignore[assignment]
-            after = self.filled + key_states.shape[2]
-            for block, new in zip(self.blocks, (key_states, value_states), strict=True):
-                block[:, :, self.filled : after] = new
-            self.filled = after
-            self.keys, self.values = (block[:, :, :after] for block in self.blocks)
-            return self.keys, self.values
-
-    plain = network.get_base_model() if hasattr(network, "get_base_model") else network
-    cache = DynamicCache(config=plain.config)
-    cache.layers = [Block() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def _repeat(cache: Any, group: int) -> None:
-    if group > 1:
-        cache.batch_repeat_interleave(group)
