@@ -35,9 +35,7 @@ class AdamW:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         betas = (self.beta1, self.beta2)
-        return torch.optim.AdamW(
-            parameters, self.learning_rate, betas, self.epsilon, self.weight_decay, foreach=True
-        )  # fmt: skip
+        return torch.optim.AdamW(parameters, self.learning_rate, betas, self.epsilon, self.weight_decay, fused=True)
 
     def rate(self, iteration: int, total: int) -> float:
         """Of an iteration, counted from 0.
@@ -86,10 +84,9 @@ def begin(trained: nn.Module, config: Config, session: Run) -> State:
             moments = {key: saved[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
                        if f"optimizer.{key}.{name}" in saved}  # fmt: skip
             if moments:
-                place = {"step": torch.device("cpu")}
                 optimizer.state[parameter] = {
-                    key: value.to(place.get(key, parameter.device)).clone() for key, value in moments.items()
-                }
+                    key: value.to(parameter.device).clone() for key, value in moments.items()
+                }  # fmt: skip
     numbers = {name.removeprefix("own."): float(value) for name, value in saved.items() if name.startswith("own.")}
     return State(trained, optimizer, int(saved["iteration"]), numbers)
 

@@ -1,0 +1,345 @@
+"""Language workloads beside TRL and Transformers, on one core: losses that are equal first, then time and memory.
+
+    taskset -c 0 python -m bench.language [--peer PYTHON] [--repeats 5]
+
+The model is a Llama of hidden 128, 4 layers, vocabulary 512, in float32. L3 is a training step of SFT, DPO and a reward
+model on 32 sequences × 64 tokens, data and optimiser included; L4 samples 64 × 32 tokens beside `generate`; L5 is the
+log-probability head, 2,304 positions, beside plain logits, with the peak of the process' memory. TRL runs in its own
+interpreter (`pip install trl`), which trains when told to; repeats alternate, a claim is the median of the pairs'
+ratios with the smallest and the largest, and the first pair warms up. Loss and gradient of TRL's trainers on the same
+weights and batch are compared with ours before anything is timed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from safetensors.torch import load_file
+
+from upslope.language import batching, dpo, generation, learner, models, reward_model, sft, tiny
+from upslope.language.models import Model, Scorer
+
+ROWS, LENGTH, PROMPT, STEPS = 32, 64, 16, 6
+POSITIONS, WIDTH = 2304, 128
+
+PEER = """
+import json, os, sys, time
+os.environ["HF_HUB_OFFLINE"] = "1"
+real, sys.stdout = sys.stdout, sys.stderr
+import torch
+torch.set_num_threads(1)
+import trl
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+where, rows, prompt, steps, texts = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
+tokenizer = AutoTokenizer.from_pretrained(where)
+ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+half = rows // 2
+pairs = list(zip(ids[:half], ids[half:]))
+
+class Marks(TrainerCallback):
+    def __init__(self):
+        self.times = []
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+def trainer(name, marks):
+    size = rows if name == "sft" else half
+    common = dict(
+        output_dir=where + "/out", per_device_train_batch_size=size, max_steps=steps, report_to=[], use_cpu=True,
+        save_strategy="no", logging_steps=10**9, gradient_checkpointing=False, bf16=False, disable_tqdm=True,
+        dataloader_pin_memory=False, learning_rate=1e-4,
+    )
+    more = dict(processing_class=tokenizer, callbacks=[marks])
+    if name == "sft":
+        data = [{"input_ids": x, "completion_mask": [0] * prompt + [1] * (len(x) - prompt)} for x in ids]
+        model = AutoModelForCausalLM.from_pretrained(where)
+        settings = trl.SFTConfig(**common, completion_only_loss=True)
+        return trl.SFTTrainer(model, args=settings, train_dataset=Dataset.from_list(data * 8), **more)
+    if name == "dpo":
+        data = [{"prompt": a[:prompt], "chosen": a[prompt:], "rejected": b[prompt:]}
+                for a, b in zip(texts[:half], texts[half:])]
+        model = AutoModelForCausalLM.from_pretrained(where)
+        return trl.DPOTrainer(model, args=trl.DPOConfig(**common), train_dataset=Dataset.from_list(data * 8), **more)
+    data = [{"chosen_ids": a, "rejected_ids": b} for a, b in pairs]
+    model = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.fill_(0.1)
+    return trl.RewardTrainer(model, args=trl.RewardConfig(**common), train_dataset=Dataset.from_list(data * 8), **more)
+
+def compare(name):
+    made = trainer(name, Marks())
+    if name == "dpo":  # a policy that is not its reference
+        with torch.no_grad():
+            for parameter in made.model.parameters():
+                parameter.mul_(1.01)
+    if name == "sft":
+        rows_ = [{"input_ids": x, "completion_mask": [0] * prompt + [1] * (len(x) - prompt)} for x in ids]
+    elif name == "dpo":
+        rows_ = [{"prompt_ids": a[:prompt], "chosen_ids": a[prompt:], "rejected_ids": b[prompt:]} for a, b in pairs]
+    else:
+        rows_ = [{"chosen_ids": a, "rejected_ids": b} for a, b in pairs]
+    loss = made.compute_loss(made.model, made.data_collator(rows_))
+    loss.backward()
+    named = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+    save_file({**named, "loss": loss.detach().reshape(1)}, where + f"/{name}.safetensors")
+    return 0.0
+
+def timed(name):
+    marks = Marks()
+    trainer(name, marks).train()
+    return (marks.times[-1] - marks.times[0]) / (len(marks.times) - 1)
+
+print(json.dumps(trl.__version__), file=real, flush=True)
+for line in sys.stdin:
+    name, what = line.split()
+    print(json.dumps({"compare": compare, "time": timed}[what](name)), file=real, flush=True)
+"""
+
+
+class Peer:
+    """TRL in its own interpreter."""
+
+    def __init__(self, python: str, where: Path, texts: list[str]) -> None:
+        command = [python, "-W", "ignore", "-c", PEER, where, ROWS, PROMPT, STEPS, json.dumps(texts)]
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.version = self.read()
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the peer's interpreter ended early")
+        return json.loads(line)
+
+    def ask(self, name: str, what: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{name} {what}\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+
+class Ours:
+    """The same model, rows and settings."""
+
+    def __init__(self, where: Path, texts: list[str]) -> None:
+        self.where, tokens = where, tiny.tokenizer()
+        self.ids = [tokens(text)["input_ids"] + [tokens.eos_token_id] for text in texts]
+        self.half = ROWS // 2
+        self.better, self.worse = (
+            [x[PROMPT:] for x in part] for part in (self.ids[: self.half], self.ids[self.half :])
+        )
+        self.prompts = [x[:PROMPT] for x in self.ids[: self.half]]
+
+    def model(self) -> Model:
+        return models.load(models.Config(str(self.where)), 0)
+
+    def scorer(self) -> tuple[Scorer, Model]:
+        scorer, model = models.scorer(models.Config(str(self.where)), 0)
+        with torch.no_grad():
+            scorer.head.weight.fill_(0.1)
+        return scorer, model
+
+    def loss(self, name: str) -> tuple[torch.Tensor, Any]:
+        """To be minimised, and the network whose gradient it has."""
+        if name == "sft":
+            model = self.model()
+            parts, total = sft.batches(
+                model, [x[:PROMPT] for x in self.ids], [x[PROMPT:] for x in self.ids], sft.SFT(micro_batch_tokens=10**6)
+            )
+            return -sft.objective(model.network, parts[0], total), model.network
+        if name == "dpo":
+            model = self.model()
+            batch = dpo.batch_of(model, self.prompts, self.better, self.worse)
+            with torch.no_grad():
+                reference = dpo.completion_log_probs(model.network, batch)
+                for parameter in model.network.parameters():
+                    parameter.mul_(1.01)
+            return -dpo.objective(model.network, dpo.Pairs(batch, reference), dpo.DPO(), self.half)[0], model.network
+        scorer, model = self.scorer()
+        whole = zip(self.ids[: self.half], self.ids[self.half :], strict=True)
+        answers = [[a[PROMPT:], b[PROMPT:]] for a, b in whole]
+        firsts = [[a[:PROMPT], b[:PROMPT]] for a, b in zip(self.ids[: self.half], self.ids[self.half :], strict=True)]
+        flat = [(p, c) for ps, cs in zip(firsts, answers, strict=True) for p, c in zip(ps, cs, strict=True)]
+        batch = batching.pad([p for p, _ in flat], [c for _, c in flat], model.pad)
+        return -reward_model.objective(scorer, batch, [2] * self.half, self.half)[0], scorer
+
+    def step(self, name: str) -> Callable[[], None]:
+        """A training step."""
+        optimizer = learner.AdamW(learning_rate=1e-4)
+        if name == "sft":
+            model, config = self.model(), sft.SFT(optimizer=optimizer)
+            state = learner.State(model.network, optimizer.build(model.network.parameters()), 0, {})
+            firsts, rest = [x[:PROMPT] for x in self.ids], [x[PROMPT:] for x in self.ids]
+            return lambda: void(sft.update(state, model, *sft.batches(model, firsts, rest, config), config))
+        if name == "dpo":
+            model, settings = self.model(), dpo.DPO(optimizer=optimizer)
+            state = learner.State(model.network, optimizer.build(model.network.parameters()), 0, {})
+            data = (self.prompts, self.better, self.worse)
+            reference = dpo.reference_log_probs(model, data, settings)
+            rows = list(range(self.half))
+            return lambda: void(dpo.update(state, model, rows, data, reference, settings))
+        scorer, model = self.scorer()
+        options = reward_model.RewardModel(optimizer=optimizer)
+        state = learner.State(scorer, optimizer.build(models.trainable(scorer).values()), 0, {})
+        answers = [[a, b] for a, b in zip(self.better, self.worse, strict=True)]
+        return lambda: void(reward_model.update(state, scorer, model, self.prompts, answers, options))
+
+
+def void(_: Any) -> None:
+    """A lambda's value is dropped."""
+
+
+def seconds(function: Callable[[], Any], times: int = STEPS) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        function()
+    return (time.perf_counter() - began) / times
+
+
+def differences(ours: Ours, peer: Peer) -> None:
+    """The largest difference of loss and gradient, the gradient's in units of its largest element."""
+    for name in ("sft", "dpo", "rm"):
+        peer.ask(name, "compare")
+        theirs = load_file(ours.where / f"{name}.safetensors")
+        loss, network = ours.loss(name)
+        loss.backward()
+        found = {n.removeprefix("backbone."): p.grad for n, p in network.named_parameters() if p.grad is not None}
+        found = {"score.weight" if n == "head.weight" else n: gradient for n, gradient in found.items()}
+        shared = [n for n in theirs if n in found]
+        assert len(shared) == len(theirs) - 1, sorted(set(theirs) - set(found))
+        most = max(float(theirs[n].abs().max()) for n in shared)
+        apart = max(float((theirs[n] - found[n]).abs().max()) for n in shared) / most
+        sys.stdout.write(f"{name}: loss {float(loss):.6f}, apart {abs(float(loss - theirs['loss'])):.1e}; "
+                         f"gradient apart {apart:.1e} of its largest element\n")  # fmt: skip
+
+
+def spread(numbers: list[float], form: str) -> str:
+    return f"{median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
+
+
+def line(name: str, mine: list[float], theirs: list[float], whom: str) -> None:
+    ratios = [b / a for a, b in zip(mine, theirs, strict=False)]
+    text = f"{name}: Upslope {spread(mine, '.4f')} s"
+    sys.stdout.write(
+        text + (f", {whom} {spread(theirs, '.4f')} s, ratio {spread(ratios, '.2f')}\n" if theirs else "\n")
+    )
+
+
+def training(ours: Ours, peer: Peer | None, repeats: int) -> None:
+    """L3."""
+    for name in ("sft", "dpo", "rm"):
+        mine, theirs, step = [], [], ours.step(name)
+        for _ in range(repeats + 1):
+            mine.append(seconds(step))
+            if peer:
+                theirs.append(peer.ask(name, "time"))
+        line(f"L3 {name}", mine[1:], theirs[1:], "TRL")
+
+
+def sampling(ours: Ours, repeats: int) -> None:
+    """L4: greedy tokens are the same; then 64 × 32 sampled tokens."""
+    model = ours.model()._replace(eos=-1)
+    prompts = [ids[:4] for ids in ours.ids[:8]]
+    tokens = torch.tensor(prompts).repeat_interleave(8, 0)
+    given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 32, "min_new_tokens": 32, "pad_token_id": 0}
+
+    def theirs(sample: bool) -> torch.Tensor:
+        return model.network.generate(input_ids=tokens, do_sample=sample, eos_token_id=None, **given)[:, 4:]
+
+    def mine(temperature: float) -> generation.Completions:
+        how = generation.Sampling(32, temperature=temperature)
+        return generation.generate(model, prompts, 8, how, torch.Generator().manual_seed(0))
+
+    assert torch.equal(theirs(False), mine(0.0).ids), "greedy tokens differ"
+    pairs = [(seconds(lambda: mine(1.0), 3), seconds(lambda: theirs(True), 3)) for _ in range(repeats + 1)][1:]
+    line("L4", [a for a, _ in pairs], [b for _, b in pairs], "generate")
+
+
+def resident() -> int:
+    """The peak of this process' resident memory, kB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM")))
+
+
+def head(kind: str, vocabulary: int) -> None:
+    """One log-probability head forward and backward in this process; its time, and the memory that it took."""
+    torch.manual_seed(0)
+    hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
+    weight = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
+    target = torch.randint(vocabulary, (POSITIONS,))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident()
+
+    def once() -> None:
+        hidden.grad = weight.grad = None
+        if kind == "plain":
+            logp = (hidden @ weight.T).log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        else:
+            logp = models._HeadLogProb.apply(hidden, weight, None, target, 1.0, 256)
+        logp.mean().backward()
+
+    once()
+    peak = resident() - before
+    sys.stdout.write(json.dumps([seconds(once, 2), peak / 1024]) + "\n")
+
+
+def heads(repeats: int) -> None:
+    """L5, each in a process of its own."""
+    for vocabulary in (512, 32_000, 151_936):
+        found: dict[str, list[list[float]]] = {"plain": [], "chunks": []}
+        for _ in range(repeats if vocabulary < 100_000 else 1):
+            for kind, rows in found.items():
+                command = [sys.executable, "-m", "bench.language", "--head", kind, str(vocabulary)]
+                rows.append(json.loads(subprocess.check_output(command, text=True)))
+        times = {kind: [row[0] for row in rows] for kind, rows in found.items()}
+        memory = {kind: median(row[1] for row in rows) for kind, rows in found.items()}
+        line(f"L5 at {vocabulary:,}", times["chunks"], times["plain"], "plain logits")
+        sys.stdout.write(f"  memory {memory['chunks']:,.0f} MB, plain logits {memory['plain']:,.0f} MB\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", default=None, help="python that has trl")
+    parser.add_argument("--repeats", type=int, default=5, help="alternated")
+    parser.add_argument("--head", nargs=2, default=None, metavar=("KIND", "VOCABULARY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.head:
+        head(options.head[0], int(options.head[1]))
+        return
+    generator = torch.Generator().manual_seed(0)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    draws = torch.randint(len(letters), (ROWS, LENGTH - 1), generator=generator).tolist()
+    texts = ["".join(letters[i] for i in row) for row in draws]
+    with tempfile.TemporaryDirectory() as directory:
+        where = Path(directory) / "model"
+        tiny.model(0, 512).save_pretrained(where)
+        tiny.tokenizer().save_pretrained(where)
+        ours, peer = Ours(where, texts), None
+        if options.peer:
+            peer = Peer(options.peer, where, texts)
+            sys.stdout.write(f"TRL {peer.version}\n")
+            differences(ours, peer)
+        training(ours, peer, options.repeats)
+        sampling(ours, options.repeats)
+        heads(options.repeats)
+
+
+if __name__ == "__main__":
+    main()
