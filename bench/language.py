@@ -65,10 +65,9 @@ def trainer(name, marks):
     )
     more = dict(processing_class=tokenizer, callbacks=[marks])
     if name == "sft":
-        data = [{"input_ids": x, "completion_mask": [0] * prompt + [1] * (len(x) - prompt)} for x in ids]
+        data = [{"input_ids": x, "labels": [-100] * prompt + x[prompt:]} for x in ids]
         model = AutoModelForCausalLM.from_pretrained(where)
-        settings = trl.SFTConfig(**common, completion_only_loss=True)
-        return trl.SFTTrainer(model, args=settings, train_dataset=Dataset.from_list(data * 8), **more)
+        return trl.SFTTrainer(model, args=trl.SFTConfig(**common), train_dataset=Dataset.from_list(data * 8), **more)
     if name == "dpo":
         data = [{"prompt": a[:prompt], "chosen": a[prompt:], "rejected": b[prompt:]}
                 for a, b in zip(texts[:half], texts[half:])]
@@ -87,7 +86,7 @@ def compare(name):
             for parameter in made.model.parameters():
                 parameter.mul_(1.01)
     if name == "sft":
-        rows_ = [{"input_ids": x, "completion_mask": [0] * prompt + [1] * (len(x) - prompt)} for x in ids]
+        rows_ = [{"input_ids": x, "labels": [-100] * prompt + x[prompt:]} for x in ids]
     elif name == "dpo":
         rows_ = [{"prompt_ids": a[:prompt], "chosen_ids": a[prompt:], "rejected_ids": b[prompt:]} for a, b in pairs]
     else:
