@@ -290,7 +290,7 @@ def head(kind: str, vocabulary: int) -> None:
         if kind == "plain":
             logp = (hidden @ weight.T).log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
         else:
-            logp = models._HeadLogProb.apply(hidden, weight, None, target, 1.0, 256)
+            logp = models._HeadLogProb.apply(hidden, weight, None, target, 1.0, 128)
         logp.mean().backward()
 
     once()

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
 from tests.language import nets
-from upslope.language import batching, generation, models
+from upslope.language import batching, decoding, generation, models, rollout
 from upslope.language.generation import Sampling
 from upslope.language.models import Model
 
@@ -36,6 +37,44 @@ def test_greedy_tokens_are_generates(name: str) -> None:
         ).tokens()
         for own, whole in zip(found, by_transformers(eos), strict=True):
             assert own == whole[: whole.index(eos) + 1 if eos in whole else 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("llama-tied", True), ("gpt2", False), ("gemma2", False)],
+)
+def test_the_decoder_takes_what_it_knows(name: str, fast: bool) -> None:
+    """And gives the logits of the network's own forward at every step: rows of unlike lengths, some of them gone."""
+    model = nets.model(name)
+    rows = batching.pad(PROMPTS, [[]] * 4, 0, left=True)
+    assert decoding.like_llama(model.network) == fast
+    with torch.no_grad():
+        own, through = decoding.start(model.network, rows, 3, 5), decoding.Forward(model.network, rows, 3, 5)
+        assert isinstance(own, decoding.Decoder) == fast
+        position, keep = rows.positions[:, -1].repeat_interleave(3), torch.tensor([0, 2, 5, 7, 11])
+        token = torch.arange(12) + 20
+        for t in range(5):
+            if t == 2:
+                own.select(keep)
+                through.select(keep)
+                position, token = position[keep], token[keep]
+            position = position + 1
+            torch.testing.assert_close(own.step(token, position), through.step(token, position), rtol=1e-5, atol=1e-5)
+
+
+def test_the_decoder_leaves_what_it_does_not_know_alone() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def mistral(window: int | None) -> transformers.MistralForCausalLM:
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**nets.COMMON, sliding_window=window))
+
+    assert decoding.like_llama(mistral(None))
+    assert not decoding.like_llama(mistral(8))
+    adapted = get_peft_model(nets.network("llama"), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert not decoding.like_llama(adapted)
+    other = nets.network("llama")
+    other.config.hidden_act = "gelu"
+    assert not decoding.like_llama(other)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -120,3 +159,31 @@ def test_completions_of_a_group_stand_together() -> None:
     for prompt in range(4):
         assert len({tuple(row) for row in greedy[3 * prompt : 3 * prompt + 3]}) == 1
     assert any(a != b for a, b in itertools.pairwise(greedy[::3]))
+
+
+def test_what_was_sampled_is_learned_from_where_text_would_be_read_otherwise() -> None:
+    """A tokenizer that reads "ab" as one token: sampled a, b are text that comes back as something else."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers import models as tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "ab": 4}
+    fast = Tokenizer(tokenizers.BPE(words, [("a", "b")]))
+    fast.decoder = decoders.Fuse()
+    reader = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**nets.COMMON, "vocab_size": 5})).eval()
+    model = Model(network, reader, 1, 0)
+    done = generation.generate(model, [[2, 3]], 256, Sampling(8), seeded())
+    again = [reader(reader.decode(row))["input_ids"] for row in done.tokens()]
+    assert sum(a != b for a, b in zip(done.tokens(), again, strict=True)) > 10
+    rows = [{"prompt": "ab", "answer": ""}] * 256
+    completions = done.tokens()
+    data = rollout.Rollout(
+        rows, [[2, 3]] * 256, completions, done.response, done.finished, done.logp_behavior,
+        torch.zeros(256, dtype=torch.float64), {},
+    )  # fmt: skip
+    for batch in rollout.batches(data, list(range(256)), model, 4096):
+        for k, i in enumerate(batch.rows):
+            assert batch.sequences.ids[k][batch.sequences.response[k]].tolist() == completions[i]
+    assert generation.mismatch(model, [[2, 3]], done, 1.0) < 1e-4

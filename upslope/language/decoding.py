@@ -151,7 +151,7 @@ def start(network: Any, rows: Sequences, group: int, most: int) -> Forward | Dec
 def like_llama(network: Any) -> bool:
     """Whether `Decoder` computes what this network does."""
     config: Any = getattr(network, "config", None)
-    if getattr(config, "model_type", None) not in LIKE_LLAMA or not hasattr(network, "model"):
+    if _plain(network) is not network or getattr(config, "model_type", None) not in LIKE_LLAMA:
         return False
     windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     if windows or (config.model_type == "mistral" and config.sliding_window) or config.hidden_act != "silu":

@@ -212,7 +212,7 @@ def limit(model: Model) -> int:
     return int(found) if found else 2**31
 
 
-def log_probs(network: Any, batch: Sequences, temperature: float = 1.0, chunk: int = 256) -> Float[Tensor, "B L"]:
+def log_probs(network: Any, batch: Sequences, temperature: float = 1.0, chunk: int = 128) -> Float[Tensor, "B L"]:
     """log π(token | what stands before it) of the tokens with `response`, 0 elsewhere; float32 or wider.
 
     The logits of masked positions are never computed, those of the others in chunks, in the backward pass too: memory

@@ -67,8 +67,10 @@ def rank(rows: list[prompts.Row]) -> list[list[str]]:
 def objective(scorer: Scorer, batch: Sequences, sizes: list[int], total: int) -> tuple[Float[Tensor, ""], Tensor]:
     """Scalar to maximise: - Σ of the prompts' ranking losses / `total`, the prompts of the whole batch; and rewards."""
     rewards = scorer.last(batch)
-    losses = [preferences.ranking(each) for each in rewards.split(sizes)]
-    return -torch.stack(losses).sum() / total, rewards.detach()
+    parts = rewards.split(sizes)
+    alike = [torch.stack([part for part in parts if len(part) == size]) for size in sorted(set(sizes))]
+    losses = torch.cat([preferences.ranking(several) for several in alike])
+    return -losses.sum() / total, rewards.detach()
 
 
 def batch_of(model: Model, written: list[list[int]], answers: list[list[list[int]]]) -> Sequences:
