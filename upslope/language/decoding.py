@@ -170,8 +170,9 @@ def _normalise(norm: Any, x: Tensor) -> Tensor:
     """x/√(mean x² + ε) w; in other types than float32 Transformers' rounds on its way."""
     if x.dtype is not torch.float32 or not hasattr(norm, "variance_epsilon"):
         return norm(x)
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return (x * scale.mul_(1 / x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    small = x.new_tensor(norm.variance_epsilon)
+    return (x * torch.addcmul(small, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
 
 
 def _plain(network: Any) -> Any:

@@ -55,7 +55,6 @@ class Completions(NamedTuple):
         return [row[: int(count)].tolist() for row, count in zip(self.ids, self.response.sum(1), strict=True)]
 
 
-@torch.no_grad()
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
 ) -> Completions:
@@ -68,6 +67,14 @@ def generate(
         sampling: how a token is drawn.
         generator: of the uniform numbers, one a row and step, all drawn at once.
     """
+    with torch.inference_mode():  # a tenth faster than without gradients
+        done = _generate(model, prompts, group, sampling, generator)
+    return Completions(*(part.clone() for part in done))  # of tensors that may be learned from
+
+
+def _generate(
+    model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
+) -> Completions:
     device, count, most = model.device, len(prompts) * group, sampling.max_new_tokens
     rows = pad(prompts, [[]] * len(prompts), model.pad, left=True).to(device)
     uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device)
