@@ -4,7 +4,7 @@
 
 For each seed: a reward model ranks held-out pairs as often right as the Bayes rule, which knows the reward; DPO's
 implicit reward, β log π/π_ref, is correlated with the true one over held-out completions. For the first seed the
-reward–KL frontier: DPO at several β beside the best that any policy can do, π_ref tilted by exp(r/β).
+reward–KL frontier: DPO at several β beside the best that any policy can do, the words tilted by exp(r/β).
 """
 
 import argparse
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from upslope.language import batching, dpo, generation, models, prompts, reward_model, sft, tiny
 from upslope.language.models import Model
 from upslope.runs import run as runs
 
 TASK = "task:preferences"
-BETAS = (0.03, 0.1, 0.3, 1.0)
+BETAS = (0.1, 0.3, 0.5, 1.0, 2.0)
 PAIRS = 2_000  # held out
 SAMPLES = 4_096  # completions a policy
 
@@ -84,8 +85,8 @@ def implicit(policy: Model, before: Model, seed: int, beta: float) -> float:
     return float(np.corrcoef(np.concatenate(found), np.concatenate(true))[0, 1])
 
 
-def sampled(policy: Model, before: Model, seed: int) -> tuple[float, float, np.ndarray]:
-    """Mean reward of a policy's completions, their KL to the reference in nats, and each one's reward."""
+def sampled(policy: Model, before: Model, seed: int) -> tuple[float, float]:
+    """Mean reward of a policy's completions, and their KL to the reference in nats."""
     written, _ = prompts.encode_all(policy, pairs(seed)[: SAMPLES // 8], None)
     how, random = generation.Sampling(16), torch.Generator().manual_seed(seed)
     done = generation.generate(policy, written, 8, how, random).tokens()
@@ -93,26 +94,27 @@ def sampled(policy: Model, before: Model, seed: int) -> tuple[float, float, np.n
     batch = batching.pad([p for p in written for _ in range(8)], done, policy.pad)
     with torch.no_grad():
         logs = [dpo.completion_log_probs(model.network, batch) for model in (policy, before)]
-    return float(rewards.mean()), float((logs[0] - logs[1]).mean()), rewards
+    return float(rewards.mean()), float((logs[0] - logs[1]).mean())
 
 
-def tilted(rewards: np.ndarray, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean reward and KL of π_ref exp(r/β)/Z, from π_ref's samples; only where enough of them count."""
+def tilted(betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean reward and KL of π exp(r/β)/Z, π the task's own words: 1 to 8 letters, each of a to j."""
+    cells = [(n, v) for n in range(1, 9) for v in range(n + 1)]
+    log_p = np.array([np.log(stats.binom.pmf(v, n, 0.3) / 8) for n, v in cells])
+    rewards = np.array([tiny.VOWEL * v + tiny.LENGTH * n for n, v in cells])
     means, costs = [], []
     for beta in betas:
-        weight = np.exp((rewards - rewards.max()) / beta)
-        share = weight / weight.sum()
-        if 1 / (share**2).sum() < 50:  # effective samples
-            break
-        means.append(share @ rewards)
-        costs.append(share @ np.log(np.maximum(share * len(rewards), 1e-300)))
+        log_q = log_p + rewards / beta
+        log_q -= np.logaddexp.reduce(log_q)
+        means.append(np.exp(log_q) @ rewards)
+        costs.append(np.exp(log_q) @ (log_q - log_p))
     return np.array(means), np.array(costs)
 
 
 def draw(points: list[tuple[float, float, float]], best: tuple[np.ndarray, np.ndarray]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(best[1], best[0], color="0.4", linestyle="--", label="best possible: π_ref exp(r/β)/Z")
+    axes.plot(best[1], best[0], color="0.4", linestyle="--", label="best possible: π exp(r/β)/Z of the task's words")
     axes.plot([p[2] for p in points], [p[1] for p in points], "o-", label="DPO")
     for beta, reward, cost in points:
         axes.annotate(f"β {beta:g}", (cost, reward), xytext=(4, -10), textcoords="offset points", fontsize=8)
@@ -137,14 +139,12 @@ def main() -> None:
                 policy, before = preferred(path, beta, quiet)
                 if beta == 0.1:
                     row["implicit"] = implicit(policy, before, seed, beta)
-                points.append((beta, *sampled(policy, before, seed)[:2]))
+                points.append((beta, *sampled(policy, before, seed)))
             row["dpo"] = [{"beta": b, "reward": r, "kl": k} for b, r, k in points]
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
             if place == 0:
-                start = models.load(models.Config(path), seed)
-                rewards = sampled(start, start, seed)[2]
-                draw(points, tilted(rewards, np.geomspace(30, 0.1, 60))).savefig(options.out, dpi=150)
+                draw(points, tilted(np.geomspace(30, 0.15, 60))).savefig(options.out, dpi=150)
 
 
 if __name__ == "__main__":
