@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.language import nets
-from upslope.language import batching, decoding, generation, models, rollout
+from upslope.language import batching, decoding, generation, models, rollout, tiny
 from upslope.language.generation import Sampling
 from upslope.language.models import Model
 
@@ -75,6 +75,29 @@ def test_the_decoder_leaves_what_it_does_not_know_alone() -> None:
     other = nets.network("llama")
     other.config.hidden_act = "gelu"
     assert not decoding.like_llama(other)
+
+
+def test_a_network_with_a_state_is_sampled_by_generate(caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts of unlike lengths, none of them padded; it says so; the same generator gives the same tokens."""
+    torch.manual_seed(0)
+    network = transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=128, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=None
+        )
+    ).eval()
+    model = Model(network, tiny.tokenizer(), 1, 0)
+    done = generation.generate(model, PROMPTS, 3, Sampling(12, temperature=1.3), seeded())
+    assert any("sampled by model.generate" in record.getMessage() for record in caplog.records)
+    assert generation.mismatch(model, PROMPTS, done, 1.3) < 1e-4
+    assert generation.mismatch(model, PROMPTS, done, 1.0) > 1e-3
+    assert done.tokens() == generation.generate(model, PROMPTS, 3, Sampling(12, temperature=1.3), seeded()).tokens()
+    greedy = generation.generate(model, PROMPTS, 1, Sampling(12, temperature=0.0), seeded()).tokens()
+    for prompt, found in zip(PROMPTS, greedy, strict=True):
+        ids = list(prompt)
+        for token in found:
+            with torch.no_grad():
+                assert int(network(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

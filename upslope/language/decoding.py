@@ -148,6 +148,11 @@ def start(network: Any, rows: Sequences, group: int, most: int) -> Forward | Dec
     return (Decoder if like_llama(network) else Forward)(network, rows, group, most)
 
 
+def stateful(network: Any) -> bool:
+    """Whether it keeps another kind of memory than keys and values, as Mamba does: rows cannot be taken out of it."""
+    return bool(getattr(_plain(network), "_is_stateful", False))
+
+
 def like_llama(network: Any) -> bool:
     """Whether `Decoder` computes what this network does."""
     config: Any = getattr(network, "config", None)

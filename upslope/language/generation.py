@@ -5,6 +5,8 @@ leave the batch. Each row has uniform numbers of its own, so what it samples doe
 `logp_behavior` is log π of the tempered distribution that was sampled from, before top-k, top-p or min-p cut it.
 """
 
+import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +21,9 @@ from upslope.language.models import Model, log_probs
 from upslope.runs import settings
 
 LEAVE = 0.9  # finished rows leave when no more than this share of the batch goes on: to copy the others has its price
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,12 @@ def generate(
         generator: of the uniform numbers, one a row and step, all drawn at once.
     """
     with torch.inference_mode():  # a tenth faster than without gradients
-        done = _generate(model, prompts, group, sampling, generator)
+        by = _by_transformers if decoding.stateful(model.network) else _by_token
+        done = by(model, prompts, group, sampling, generator)
     return Completions(*(part.clone() for part in done))  # of tensors that may be learned from
 
 
-def _generate(
+def _by_token(
     model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
 ) -> Completions:
     device, count, most = model.device, len(prompts) * group, sampling.max_new_tokens
@@ -102,6 +108,44 @@ def _generate(
     last = ids.gather(1, (taken - 1).unsqueeze(1)).squeeze(1)
     width = int(taken.max())
     return Completions(ids[:, :width], response[:, :width], last == model.eos, logp[:, :width])
+
+
+def _by_transformers(
+    model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
+) -> Completions:
+    """By `model.generate`, prompts of the same length together: a state that went over padding would be another one."""
+    log.warning(
+        "%s keeps a state instead of keys and values: sampled by model.generate", model.network.config.model_type
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    how = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
+    if sampling.temperature > 0:
+        how |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        how |= {"min_p": sampling.min_p or None}
+    for _, alike in itertools.groupby(order, lambda i: len(prompts[i])):
+        places = [i * group + k for i in alike for k in range(group)]
+        ids = torch.tensor([list(prompts[place // group]) for place in places], device=model.device)
+        with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            out = model.network.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=model.pad, eos_token_id=model.eos,
+                return_dict_in_generate=True, output_logits=True, **how,
+            )  # fmt: skip
+        chosen = out.sequences[:, ids.shape[1] :]
+        logits = torch.stack(out.logits, 1) / (sampling.temperature or 1.0)
+        logp = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        for place, row, each in zip(places, chosen.tolist(), logp.tolist(), strict=True):
+            end = row.index(model.eos) + 1 if model.eos in row else len(row)
+            found[place] = row[:end], each[:end]
+    tokens, logps = zip(*(found[place] for place in range(len(found))), strict=True)
+    made = pad([[]] * len(tokens), tokens, model.pad)
+    logp_behavior = torch.zeros(made.ids.shape).masked_scatter(
+        made.response, torch.tensor(list(itertools.chain(*logps)))
+    )
+    finished = torch.tensor([row[-1] == model.eos for row in tokens])
+    parts = (made.ids, made.response, finished, logp_behavior)
+    return Completions(*(part.to(model.device) for part in parts))
 
 
 def draw(
