@@ -6,10 +6,10 @@ leave the batch. Each row has uniform numbers of its own, so what it samples doe
 """
 
 import itertools
-import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -21,9 +21,6 @@ from upslope.language.models import Model, log_probs
 from upslope.runs import settings
 
 LEAVE = 0.9  # finished rows leave when no more than this share of the batch goes on: to copy the others has its price
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,11 @@ def _by_transformers(
     model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
 ) -> Completions:
     """By `model.generate`, prompts of the same length together: a state that went over padding would be another one."""
-    log.warning(
-        "%s keeps a state instead of keys and values: sampled by model.generate", model.network.config.model_type
-    )
+    kind = model.network.config.model_type
+    warnings.warn(f"{kind} keeps a state instead of keys and values: sampled by model.generate", stacklevel=3)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, tuple[list[int], list[float]]] = {}
-    how = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
+    how: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": sampling.max_new_tokens}
     if sampling.temperature > 0:
         how |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         how |= {"min_p": sampling.min_p or None}
@@ -140,9 +136,8 @@ def _by_transformers(
             found[place] = row[:end], each[:end]
     tokens, logps = zip(*(found[place] for place in range(len(found))), strict=True)
     made = pad([[]] * len(tokens), tokens, model.pad)
-    logp_behavior = torch.zeros(made.ids.shape).masked_scatter(
-        made.response, torch.tensor(list(itertools.chain(*logps)))
-    )
+    flat = torch.tensor(list(itertools.chain(*logps)))
+    logp_behavior = torch.zeros(made.ids.shape).masked_scatter(made.response, flat)
     finished = torch.tensor([row[-1] == model.eos for row in tokens])
     parts = (made.ids, made.response, finished, logp_behavior)
     return Completions(*(part.to(model.device) for part in parts))
