@@ -25,9 +25,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from upslope.language import batching, dpo, generation, learner, models, reward_model, sft, tiny
+from upslope.language import batching, dpo, generation, grpo, learner, models, reward_model, rollout, sft, tiny
 from upslope.language.models import Model, Scorer
 
 ROWS, LENGTH, PROMPT, STEPS = 32, 64, 16, 6
@@ -41,7 +41,7 @@ import torch
 torch.set_num_threads(1)
 import trl
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 where, rows, prompt, steps, texts = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
@@ -97,6 +97,38 @@ def compare(name):
     save_file({**named, "loss": loss.detach().reshape(1)}, where + f"/{name}.safetensors")
     return 0.0
 
+def group(kind):
+    what = load_file(where + "/grpo.safetensors")
+    loss_type, level, beta, high = {
+        "sequence": ("grpo", "token", 0.0, 0.2), "token": ("dapo", "token", 0.0, 0.28), "kl": ("grpo", "token", 0.04, 0.2),
+        "fixed-length": ("dr_grpo", "token", 0.0, 0.2), "gspo": ("grpo", "sequence", 0.0, 4e-4),
+        "cispo": ("cispo", "token", 0.0, 1.28),
+    }[kind]
+    args = trl.GRPOConfig(
+        output_dir=where + "/out", per_device_train_batch_size=rows, num_generations=8, report_to=[], use_cpu=True,
+        bf16=False, beta=beta, loss_type=loss_type, importance_sampling_level=level, epsilon=4e-4 if level == "sequence"
+        else 0.2, epsilon_high=high, max_completion_length=what["completion_ids"].shape[1], steps_per_generation=1,
+        gradient_accumulation_steps=1, gradient_checkpointing=False,
+        use_bias_correction_kl=False,
+    )
+    if kind == "kl":  # one gradient step: the ratio is 1
+        del what["old_per_token_logps"]
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float64)
+    data = Dataset.from_list([{"prompt": text[:prompt]} for text in texts])
+    made = trl.GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args=args, train_dataset=data,
+                           processing_class=tokenizer)
+    model = made.model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    made.current_gradient_accumulation_steps = 1
+    what["num_items_in_batch"] = what["completion_mask"].sum()
+    loss = made._compute_loss(model, what)
+    loss.backward()
+    named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    save_file({**named, "loss": loss.detach().reshape(1)}, where + f"/{kind}.safetensors")
+    return 0.0
+
 def timed(name):
     marks = Marks()
     trainer(name, marks).train()
@@ -105,7 +137,7 @@ def timed(name):
 print(json.dumps(trl.__version__), file=real, flush=True)
 for line in sys.stdin:
     name, what = line.split()
-    print(json.dumps({"compare": compare, "time": timed}[what](name)), file=real, flush=True)
+    print(json.dumps({"compare": compare, "group": group, "time": timed}[what](name)), file=real, flush=True)
 """
 
 
@@ -213,10 +245,10 @@ def seconds(function: Callable[[], Any], times: int = STEPS) -> float:
 
 def differences(ours: Ours, peer: Peer) -> None:
     """The largest difference of loss and gradient, the gradient's in units of its largest element."""
-    for name in ("sft", "dpo", "rm"):
-        peer.ask(name, "compare")
+    for name in ("sft", "dpo", "rm", "sequence", "token", "fixed-length", "gspo", "cispo", "kl"):
+        loss, network = ours.loss(name) if name in ("sft", "dpo", "rm") else group_objective(ours, name)
+        peer.ask(name, "compare" if name in ("sft", "dpo", "rm") else "group")
         theirs = load_file(ours.where / f"{name}.safetensors")
-        loss, network = ours.loss(name)
         loss.backward()
         found = {n.removeprefix("backbone."): p.grad for n, p in network.named_parameters() if p.grad is not None}
         found = {"score.weight" if n == "head.weight" else n: gradient for n, gradient in found.items()}
@@ -226,6 +258,45 @@ def differences(ours: Ours, peer: Peer) -> None:
         apart = max(float((theirs[n] - found[n]).abs().max()) for n in shared) / most
         sys.stdout.write(f"{name}: loss {float(loss):.6f}, apart {abs(float(loss - theirs['loss'])):.1e}; "
                          f"gradient apart {apart:.1e} of its largest element\n")  # fmt: skip
+
+
+def group_objective(ours: Ours, kind: str) -> tuple[torch.Tensor, Any]:
+    """A group loss in float64 whose policy has moved, to be minimised, with its network; its inputs for the peer."""
+    model = models.load(models.Config(str(ours.where), dtype="float64"), 0)
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, LENGTH - PROMPT, (ROWS,), generator=random).tolist()
+    completions = [ids[PROMPT : PROMPT + n] for ids, n in zip(ours.ids, lengths, strict=True)]
+    prompts = [ours.ids[i - i % 8][:PROMPT] for i in range(ROWS)]
+    batch = batching.pad(prompts, completions, model.pad)
+    response = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    psi = torch.randn(ROWS, generator=random, dtype=torch.float64)
+    with torch.no_grad():
+        logp = models.log_probs(model.network, batch)[:, PROMPT:] * response
+        reference = (logp + 0.2 * torch.randn(logp.shape, generator=random, dtype=torch.float64)) * response
+        for parameter in model.network.parameters():
+            parameter.mul_(1.01)
+    save_file(
+        {
+            "prompt_ids": batch.ids[:, :PROMPT].contiguous(), "completion_ids": batch.ids[:, PROMPT:].contiguous(),
+            "prompt_mask": torch.ones(ROWS, PROMPT, dtype=torch.int64), "completion_mask": response.long(),
+            "advantages": psi, "old_per_token_logps": logp, "ref_per_token_logps": reference,
+        },
+        ours.where / "grpo.safetensors",
+    )  # fmt: skip
+    choices: dict[str, dict[str, Any]] = {
+        "sequence": {"reduction": "sequence"},
+        "token": {"reduction": "token", "clip_high": 0.28},
+        "kl": {"reduction": "sequence", "kl_coef": 0.04},
+        "fixed-length": {"reduction": "fixed-length"},
+        "gspo": {"reduction": "sequence", "ratio": "sequence", "clip_low": 4e-4, "clip_high": 4e-4},
+        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.28},
+    }
+    config = grpo.GRPO(sampling=generation.Sampling(max(lengths)), **choices[kind])
+    old, other = (None, reference) if kind == "kl" else (logp, None)
+    given = grpo.Estimates(psi.unsqueeze(1) * response, response, old, other)
+    whole = grpo.Whole(int(response.sum()), ROWS)
+    part = rollout.Batch(batch, list(range(ROWS)))
+    return -grpo.objective(model.network, part, given, whole, config)[0], model.network
 
 
 def spread(numbers: list[float], form: str) -> str:
@@ -316,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default=None, help="python that has trl")
     parser.add_argument("--repeats", type=int, default=5, help="alternated")
+    parser.add_argument("--losses", action="store_true", help="compare losses, time nothing")
     parser.add_argument("--head", nargs=2, default=None, metavar=("KIND", "VOCABULARY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -335,6 +407,8 @@ def main() -> None:
             peer = Peer(options.peer, where, texts)
             sys.stdout.write(f"TRL {peer.version}\n")
             differences(ours, peer)
+        if options.losses:
+            return
         training(ours, peer, options.repeats)
         sampling(ours, options.repeats)
         heads(options.repeats)
