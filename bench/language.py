@@ -100,7 +100,8 @@ def compare(name):
 def group(kind):
     what = load_file(where + "/grpo.safetensors")
     loss_type, level, beta, high = {
-        "sequence": ("grpo", "token", 0.0, 0.2), "token": ("dapo", "token", 0.0, 0.28), "kl": ("grpo", "token", 0.04, 0.2),
+        "sequence": ("grpo", "token", 0.0, 0.2), "token": ("dapo", "token", 0.0, 0.28),
+        "kl": ("grpo", "token", 0.04, 0.2),
         "fixed-length": ("dr_grpo", "token", 0.0, 0.2), "gspo": ("grpo", "sequence", 0.0, 4e-4),
         "cispo": ("cispo", "token", 0.0, 1.28),
     }[kind]
