@@ -134,7 +134,10 @@ def linear(initial: float, progress: float, anneal: bool) -> float:
     >>> linear(1.0, 0.25, True), linear(1.0, 0.25, False)
     (0.75, 1.0)
     """
-    return initial * (1.0 - progress) if anneal else initial
+    if not anneal:
+        return initial
+    left = 1.0 - progress
+    return initial * (left.clamp(min=0.0) if isinstance(left, Tensor) else max(0.0, left))
 
 
 def pack(state: State) -> dict[str, Tensor]:
