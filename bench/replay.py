@@ -1,7 +1,7 @@
-"""Prioritised replay of 1M transitions beside Stable-Baselines3's uniform one, and DQN's update beside its own (W4).
+"""Prioritised replay of 1M transitions beside Stable-Baselines3's uniform one.
 
-Replay: insert one transition, sample 256, change their priorities; the peer inserts and samples. W4: CartPole, 256×256,
-batch 64, one update per step, everything counted. Medians of rounds that take turns, CPU time of one thread.
+Insert one transition, sample 256, change their priorities; the peer inserts and samples. Medians of rounds that take
+turns, CPU time of one thread.
 Run: `taskset -c 0 python -m bench.replay --peer PYTHON`, a Python that has Stable-Baselines3.
 """
 
@@ -14,39 +14,29 @@ import time
 from collections.abc import Callable
 
 CAPACITY, BATCH, WIDTH = 1_000_000, 256, 17
-STEPS = 1_500  # environment steps of W4
 
 PEER = f"""
-import json, sys, time
+import json, time
 import numpy as np, torch
 from gymnasium import spaces
 torch.set_num_threads(1)
-if sys.argv[1] == "replay":
-    from stable_baselines3.common.buffers import ReplayBuffer
-    buffer = ReplayBuffer({CAPACITY}, spaces.Box(-1, 1, ({WIDTH},)), spaces.Discrete(2), device="cpu")
-    for part in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards, buffer.dones):
-        part[...] = 0
-    buffer.full = True
-    o, a, r, d = np.zeros((1, {WIDTH}), np.float32), np.array([1]), np.array([1.0]), np.array([False])
-    def once():
-        buffer.add(o, o, a, r, d, [{{}}])
-        buffer.sample({BATCH})
-    for _ in range(100): once()
-    began = time.process_time()
-    for _ in range(1000): once()
-    print(json.dumps((time.process_time() - began) / 1000))
-else:
-    from stable_baselines3 import DQN
-    model = DQN("MlpPolicy", "CartPole-v1", batch_size=64, train_freq=1, gradient_steps=1, learning_starts=100,
-                buffer_size=100_000, target_update_interval=500, policy_kwargs={{"net_arch": [256, 256]}}, device="cpu")
-    model.learn(300)
-    began = time.process_time()
-    model.learn({STEPS}, reset_num_timesteps=False)
-    print(json.dumps((time.process_time() - began) / {STEPS}))
+from stable_baselines3.common.buffers import ReplayBuffer
+buffer = ReplayBuffer({CAPACITY}, spaces.Box(-1, 1, ({WIDTH},)), spaces.Discrete(2), device="cpu")
+for part in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards, buffer.dones):
+    part[...] = 0
+buffer.full = True
+o, a, r, d = np.zeros((1, {WIDTH}), np.float32), np.array([1]), np.array([1.0]), np.array([False])
+def once():
+    buffer.add(o, o, a, r, d, [{{}}])
+    buffer.sample({BATCH})
+for _ in range(100): once()
+began = time.process_time()
+for _ in range(1000): once()
+print(json.dumps((time.process_time() - began) / 1000))
 """
 
 
-def replay_once() -> Callable[[], None]:
+def cycle() -> Callable[[], None]:
     import numpy as np
     import torch
     from gymnasium import spaces
@@ -76,9 +66,9 @@ def replay_once() -> Callable[[], None]:
     return once
 
 
-def ours_replay() -> float:
+def ours() -> float:
     """Seconds of one insert, sample and update."""
-    once = replay_once()
+    once = cycle()
     for _ in range(100):
         once()
     began = time.process_time()
@@ -87,30 +77,8 @@ def ours_replay() -> float:
     return (time.process_time() - began) / 1000
 
 
-def ours_w4() -> float:
-    """Seconds of one environment step with its update."""
-    import torch
-
-    from upslope.control import dqn, environments, optimizers
-    from upslope.runs import run
-
-    torch.set_num_threads(1)
-    config = dqn.DQN(
-        environment=environments.Config("CartPole-v1", 1, vectorization="sync"),
-        optimizer=optimizers.Adam(learning_rate=1e-4, epsilon=1e-8),
-        run=run.Config(quiet=True),
-        total_steps=STEPS,
-        learning_starts=0,
-        train_interval=1,
-        batch_size=64,
-    )
-    began = time.process_time()
-    dqn.train(config)
-    return (time.process_time() - began) / STEPS
-
-
-def peer(python: str, what: str) -> float:
-    return float(json.loads(subprocess.check_output([python, "-c", PEER, what], text=True).splitlines()[-1]))
+def peer(python: str) -> float:
+    return float(json.loads(subprocess.check_output([python, "-c", PEER], text=True).splitlines()[-1]))
 
 
 def main() -> None:
@@ -118,17 +86,16 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python that has Stable-Baselines3")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    for name, ours in (("replay", ours_replay), ("w4", ours_w4)):
-        mine, theirs = [], []
-        for _ in range(options.rounds):
-            mine.append(ours())
-            if options.peer:
-                theirs.append(peer(options.peer, name))
-        line = f"{name}: {statistics.median(mine) * 1e6:.0f} µs"
-        if theirs:
-            ratio = statistics.median(theirs) / statistics.median(mine)
-            line += f", Stable-Baselines3 {statistics.median(theirs) * 1e6:.0f} µs, {ratio:.2f} times as fast"
-        sys.stdout.write(line + "\n")
+    mine, theirs = [], []
+    for _ in range(options.rounds):
+        mine.append(ours())
+        if options.peer:
+            theirs.append(peer(options.peer))
+    line = f"{statistics.median(mine) * 1e6:.0f} µs"
+    if theirs:
+        ratio = statistics.median(theirs) / statistics.median(mine)
+        line += f", Stable-Baselines3 {statistics.median(theirs) * 1e6:.0f} µs, {ratio:.2f} times as fast"
+    sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -360,6 +360,29 @@ def test_state_dependent_noise_keeps_one_matrix_for_an_iteration() -> None:
     assert agent.evaluate(1, deterministic=False).returns.size == 1
 
 
+def test_bfloat16_is_of_the_products_between_hidden_layers_alone() -> None:
+    """Close to float32, not equal; what comes out stays float32; one hidden layer has no such product."""
+
+    def values(precision: Any, hidden: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        config = small(network=actors.Stochastic(hidden=hidden, precision=precision))
+        state, nets = begun(config)
+        batch = offpolicy.batch(state, config, torch.Generator().manual_seed(0))
+        noise = torch.ones(2, *batch.action.shape)
+        target, _ = sac.estimate(state, nets, batch, noise, 0.2, config)
+        gradient, value, _ = nets.critic.gradient(
+            sac.critic_objective, state.others["critic"], nets, batch, torch.zeros(16)
+        )  # fmt: skip
+        slope, reward, _ = nets.actor.gradient(sac.objective, state.theta, nets, batch, noise[0], 0.2)
+        return target, value, reward, gradient.clone(), slope.clone()
+
+    for half, full in zip(values("bfloat16", (64, 64)), values("float32", (64, 64)), strict=True):
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, full)
+        assert (half - full).norm() <= 0.02 * full.norm()
+    for half, full in zip(values("bfloat16", (64,)), values("float32", (64,)), strict=True):
+        assert torch.equal(half, full)
+
+
 def test_presets_name_their_environments() -> None:
     for table in ("SAC", "TD3", "DDPG", "SOFT_Q", "DQN"):
         for name, config in getattr(offpolicy_presets, f"{table}_PRESETS").items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from upslope.language.batching import Sequences
+from upslope.language.models import plain
 
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that depend on nothing but the position
@@ -75,8 +76,8 @@ class Forward:
         return self._forward(token.unsqueeze(1), seen, position.unsqueeze(1))
 
     def _forward(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Float[Tensor, "N V"]:
-        plain = _plain(self.network)
-        name = "cache" if "cache" in inspect.signature(plain.forward).parameters else "past_key_values"
+        takes = inspect.signature(plain(self.network).forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"
         out = self.network(
             input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1,
             **{name: self.cache},
@@ -150,13 +151,13 @@ def start(network: Any, rows: Sequences, group: int, most: int) -> Forward | Dec
 
 def stateful(network: Any) -> bool:
     """Whether it keeps another kind of memory than keys and values, as Mamba does: rows cannot be taken out of it."""
-    return bool(getattr(_plain(network), "_is_stateful", False))
+    return bool(getattr(plain(network), "_is_stateful", False))
 
 
 def like_llama(network: Any) -> bool:
     """Whether `Decoder` computes what this network does."""
     config: Any = getattr(network, "config", None)
-    if _plain(network) is not network or getattr(config, "model_type", None) not in LIKE_LLAMA:
+    if plain(network) is not network or getattr(config, "model_type", None) not in LIKE_LLAMA:
         return False
     windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     if windows or (config.model_type == "mistral" and config.sliding_window) or config.hidden_act != "silu":
@@ -178,10 +179,6 @@ def _normalise(norm: Any, x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     small = x.new_tensor(norm.variance_epsilon)
     return (x * torch.addcmul(small, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
-
-
-def _plain(network: Any) -> Any:
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def _cache(network: Any, length: int) -> Any:
@@ -209,6 +206,6 @@ def _cache(network: Any, length: int) -> Any:
             self.keys, self.values = (block[:, :, :after] for block in self.blocks)
             return self.keys, self.values
 
-    cache = DynamicCache(config=_plain(network).config)
+    cache = DynamicCache(config=plain(network).config)
     cache.layers = [Block() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

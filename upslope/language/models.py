@@ -162,7 +162,7 @@ def scorer(config: Config, seed: int, std: float | None = None) -> tuple[Scorer,
         std: of the head's initial weights; None: 1/√(d+1) (Stiennon et al. 2020). A value head begins at 0.
     """
     model = load(config, seed)
-    inner = _plain(model.network)
+    inner = plain(model.network)
     width = inner.config.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))
@@ -208,7 +208,7 @@ def is_scorer(directory: Path) -> bool:
 
 def limit(model: Model) -> int:
     """The longest sequence that the model has positions for; very large where there is none."""
-    found = getattr(_plain(model.network).config, "max_position_embeddings", None)
+    found = getattr(plain(model.network).config, "max_position_embeddings", None)
     return int(found) if found else 2**31
 
 
@@ -223,7 +223,7 @@ def log_probs(network: Any, batch: Sequences, temperature: float = 1.0, chunk: i
     """
     if bool(batch.response[:, 0].any()):
         raise ValueError("response marks the first token of a sequence: nothing stands before it that could predict it")
-    inner = _plain(network)
+    inner = plain(network)
     hidden = _hidden(network, batch)
     where = batch.response[:, 1:]
     rows, targets = hidden[:, :-1][where], batch.ids[:, 1:][where]
@@ -301,7 +301,7 @@ def _at_least_float(tensor: Tensor) -> torch.dtype:
 
 def _hidden(network: Any, batch: Sequences) -> Float[Tensor, "B L H"]:
     """The last hidden states, which the output embedding would turn into logits."""
-    inner = _plain(network)
+    inner = plain(network)
     attention: Tensor | None = batch.attention
     if batch.segment is not None:  # packed: a token sees those of its own example that came before it
         attention = _among_its_own(inner.config, batch.segment, next(inner.parameters()).dtype)
@@ -323,7 +323,8 @@ def _among_its_own(config: Any, segment: Int64[Tensor, "B L"], dtype: torch.dtyp
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)  # what others add
 
 
-def _plain(network: Any) -> Any:
+def plain(network: Any) -> Any:
+    """The network without adapters around it."""
     return network.get_base_model() if _is_lora(network) else network
 
 
