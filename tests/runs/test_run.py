@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,18 @@ def interrupted(directory: Path, steps: range, saved: int) -> None:
             run.save(step, {"step": torch.tensor(step)}, {})
     assert run.metrics is not None
     run.metrics.offsets()  # what a process leaves behind that was killed: all of it is in the files
+
+
+def test_metrics_and_events_are_written_without_a_thread(tmp_path: Path) -> None:
+    """An interrupt may leave the lock of a thread's queue held: closing the run would then wait for ever."""
+    before = threading.enumerate()
+    written = metrics.Metrics(tmp_path)
+    written.record(1, 0.5, {"x": 2.0})
+    offsets = written.offsets()
+    assert threading.enumerate() == before
+    assert {name: (tmp_path / name).stat().st_size for name in offsets} == offsets  # all of it is in the files
+    assert list(events(tmp_path)) == [(1, "x", 2.0)]
+    written.close()
 
 
 def test_metrics_and_events_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ class Metrics:
         if offsets is not None:
             cut(directory, offsets)
         self._file = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # 0.3 s: only runs that write pay it
+        # 0.3 s: only runs that write pay it. Not TensorBoard's EventFileWriter, which has a thread: an interrupt that
+        # comes as a lock of its queue was just taken leaves the lock held, and closing the run would wait for ever.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._events = EventFileWriter(str(directory), flush_secs=30)
+        place = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._events = RecordWriter(open(directory / f"events.out.tfevents.{place}", "wb"))  # noqa: SIM115 - as above
+        self._events.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         self._pending: list[tuple[int, float, dict[str, float | None]]] = []  # events: many at once cost a third
         self._written = time.monotonic()
 
@@ -41,7 +47,9 @@ class Metrics:
 
         for step, at, numbers in self._pending:
             values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items() if v is not None]
-            self._events.add_event(Event(step=step, wall_time=at, summary=Summary(value=values)))
+            event = Event(step=step, wall_time=at, summary=Summary(value=values))
+            self._events.write(event.SerializeToString())
+        self._events.flush()
         self._pending, self._written = [], time.monotonic()
 
     def offsets(self) -> dict[str, int]:
@@ -49,7 +57,6 @@ class Metrics:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._write_events()
-        self._events.flush()
         return {path.name: path.stat().st_size for path in append_only(self.directory)}
 
     def close(self) -> None:
