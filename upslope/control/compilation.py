@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 COLD, WARM = 25.0, 5.0  # seconds that compiling takes on one core, without and with a filled cache
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], loops: bool = True) -> Callable[..., Any]:
     """The function as one program; a part that cannot be in it is an error.
 
     Its guards are left out: whoever makes a program calls it with tensors of the same shapes and types and changes
@@ -27,10 +27,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Two settings are for `loop`: buffers are not overwritten in place, for Inductor's C++ wrapper declares a loop's
     results twice if they are; and programs with a loop are kept in the cache, whose key has the loop's body in it.
+
+    Args:
+        function: of tensors, in and out.
+        loops: there may be a `loop` in it.
     """
     options: dict[str, Any] = {
         "cpp_wrapper": True,
-        "inplace_buffers": False,
+        "inplace_buffers": not loops,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": "1"},
     }

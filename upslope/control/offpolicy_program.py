@@ -60,7 +60,7 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
             after, part, numbers = learn(inside, _pure(nets, others), batch, noise, config, *fixed)
             return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
 
-        return compilation.compiled(gradient_step)
+        return compilation.compiled(gradient_step, loops=False)
 
     def run(
         state: State, nets: Any, batch: Batch, noise: Any, config: Config, *fixed: Any
@@ -81,7 +81,7 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
 
-    return compilation.compiled(choice)
+    return compilation.compiled(choice, loops=False)
 
 
 def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) -> tuple[State, Any, dict[str, float]]:

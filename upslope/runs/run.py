@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.runs import checkpoint, distributed, metrics, progress, settings
+from upslope.runs import allocator, checkpoint, distributed, metrics, progress, settings
 from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class Run:
         return run
 
     def _open(self, algorithm: str, total_steps: int) -> None:
+        allocator.keep_freed_memory()
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
