@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from upslope.control import environments, replay
+from upslope.control import environments, native, replay
 from upslope.control.replay import Replay
 from upslope.control.sum_tree import SumTree
 from upslope.runs import checkpoint
@@ -213,10 +215,11 @@ def test_uniform_is_uniform() -> None:
 # Priorities
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 4097, 70_001])
-def test_tree_finds_by_cumulative_sums(size: int) -> None:
+def test_tree_finds_by_cumulative_sums(size: int, compiled: bool) -> None:
     random = np.random.default_rng(size)
-    tree, priority = SumTree(size), np.zeros(size)
+    tree, priority = SumTree(size, compiled), np.zeros(size)
     for _ in range(3):
         index = random.integers(0, size, 1 + size // 2)
         value = random.exponential(size=len(index)) * (random.random(len(index)) < 0.7)
@@ -233,6 +236,50 @@ def test_tree_finds_by_cumulative_sums(size: int) -> None:
     near = np.abs(ends[np.minimum(expected, size - 1)] - share) < 1e-12  # on an edge rounding decides
     assert ((found == expected) | near).all()
     assert (priority[found] > 0).all()
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@given(
+    size=st.sampled_from([1, 15, 16, 17, 255, 256, 257, 8191, 8192, 8193, 140_000]),
+    seed=st.integers(0, 2**32 - 1),
+    rounds=st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_compiled_tree_is_numpys_to_the_last_bit(size: int, seed: int, rounds: int) -> None:
+    random, trees = np.random.default_rng(seed), (SumTree(size), SumTree(size, compiled=False))
+    for _ in range(rounds):
+        index = random.integers(0, size, int(random.integers(1, 400)))
+        value = 10 ** random.uniform(-9, 9, len(index)) * (random.random(len(index)) < 0.8)
+        value[0] = 1.0
+        share = np.concatenate([random.random(200), [0.0, np.nextafter(1.0, 0.0), 1.0]])
+        for tree in trees:
+            tree.set(index, value)
+            tree.set(index[-1:], 0.5)  # one number for all
+        ours, theirs = (tree.find(share) for tree in trees)
+        assert ours.tolist() == theirs.tolist()
+        assert trees[0].total() == trees[1].total()
+        for mine, other in zip((*trees[0].levels, trees[0].top), (*trees[1].levels, trees[1].top), strict=True):
+            assert mine.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tree_refuses_what_is_no_leaf(compiled: bool) -> None:
+    tree = SumTree(40, compiled)
+    with pytest.raises(IndexError):
+        tree.set(np.array([3, 4_000]), 1.0)
+
+
+def test_without_a_compiler_numpy_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        tree = SumTree(100)
+        tree.set(np.array([7]), 2.0)
+        assert native.library() is None
+        assert tree.find(np.array([0.3])).tolist() == [7]
+    finally:
+        native.library.cache_clear()
 
 
 def test_tree_never_finds_zero_even_at_the_ends() -> None:

@@ -23,6 +23,12 @@ from upslope.control.networks import Observation
 from upslope.control.sum_tree import SumTree
 from upslope.runs import checkpoint
 
+FIELDS: list[Any] = [
+    ("reward", np.float64),
+    ("terminated", np.bool_),
+    ("ended", np.bool_),  # terminated or truncated; a lost life only terminates
+    ("ahead", np.int32),  # rows to the successor; 0: no transition begins here
+]
 SEGMENT_BYTES = 2**24  # of a checkpoint's segment, whose rows are a power of two between 256 and 65,536
 
 
@@ -58,11 +64,9 @@ class Replay:
         parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
         self.observation = {name: np.zeros((capacity, *part.shape), _stored(part)) for name, part in parts.items()}
         shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
-        self.action = np.zeros((capacity, *shape), _stored(action_space))
-        self.reward = np.zeros(capacity)
-        self.terminated = np.zeros(capacity, dtype=bool)
-        self.ended = np.zeros(capacity, dtype=bool)  # terminated or truncated; a lost life only terminates
-        self.ahead = np.zeros(capacity, dtype=np.int32)  # rows to the successor; 0: no transition begins here
+        fields = [("action", _stored(action_space), shape), *FIELDS]
+        self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
+        self.action, self.reward, self.terminated, self.ended, self.ahead = (self.table[name] for name, *_ in fields)
         self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
         self.transitions = 0  # since the beginning
         self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
@@ -111,10 +115,10 @@ class Replay:
         """Rows of transitions, each as likely as any other, with replacement. Rows without one are drawn again."""
         filled = min(self.written, self.capacity)
         row = torch.randint(filled, (size,), generator=generator).numpy()
-        empty = self.ahead.take(row) == 0
+        empty = self.ahead[row] == 0
         while empty.any():
             row[empty] = torch.randint(filled, (int(empty.sum()),), generator=generator).numpy()
-            empty = self.ahead.take(row) == 0
+            empty = self.ahead[row] == 0
         return row
 
     def prioritised(
@@ -150,19 +154,20 @@ class Replay:
         self, row: Int64[np.ndarray, " B"], gamma: float, n: int = 1, weight: Float[np.ndarray, " B"] | None = None
     ) -> Batch:
         """The transitions that begin at these rows, n steps long or to the episode's end or the newest observation."""
-        last, reward, discount = row, self.reward.take(row), np.full(len(row), gamma)
+        first = last = self.table.take(row)
+        reward, discount, following = first["reward"], np.full(len(row), gamma), (row + first["ahead"]) % self.capacity
         for _ in range(n - 1):
-            following = (last + self.ahead.take(last)) % self.capacity
-            stop = self.terminated.take(last) | self.ended.take(last) | (self.ahead.take(following) == 0)
-            reward = reward + np.where(stop, 0.0, discount * self.reward.take(following))
+            further = self.table.take(following)
+            stop = last["terminated"] | last["ended"] | (further["ahead"] == 0)
+            reward = reward + np.where(stop, 0.0, discount * further["reward"])
             discount = np.where(stop, discount, gamma * discount)
-            last = np.where(stop, last, following)
-        following = (last + self.ahead.take(last)) % self.capacity
-        discount = np.where(self.terminated.take(last), 0.0, discount)
+            following = np.where(stop, following, (following + further["ahead"]) % self.capacity)
+            last = np.where(stop, last, further)
+        discount = np.where(last["terminated"], 0.0, discount)
         dtype = torch.get_default_dtype()
         return Batch(
-            self._observed(row), torch.from_numpy(self.action.take(row, 0)),
-            torch.from_numpy(reward).to(dtype), torch.from_numpy(discount).to(dtype), self._observed(following),
+            self._observed(row), torch.from_numpy(first["action"].copy()),
+            torch.from_numpy(reward.copy()).to(dtype), torch.from_numpy(discount).to(dtype), self._observed(following),
             torch.ones(len(row)) if weight is None else torch.from_numpy(weight).to(dtype), row,
         )  # fmt: skip
 
@@ -212,7 +217,7 @@ class Replay:
         return rows[(rows < first) | (rows >= after)]
 
     def _rows(self, row: Int64[np.ndarray, " k"]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(part.take(row % self.capacity, 0)) for name, part in self._columns().items()}
+        return {name: torch.from_numpy(part[row % self.capacity]) for name, part in self._columns().items()}
 
     def _place(self, row: Int64[np.ndarray, " k"], tensors: dict[str, Tensor]) -> None:
         for name, part in self._columns().items():

@@ -1,21 +1,27 @@
 """Sampling in proportion to priorities that change: a tree of sums, wide and flat, float64 throughout."""
 
+import ctypes
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
+from upslope.control import native
+
 FAN_OUT = 16  # children of a node
-TOP = 4096  # nodes that are scanned at once instead of being given parents
+TOP = 512  # nodes that are scanned at once instead of being given parents
 
 
 class SumTree:
     """Sums of n priorities: `set` touches O(log n) nodes of each, `find` descends O(log n) levels, in batches.
 
-    A parent is always the sum of its children as they are, never corrected by differences: rounding does not build up,
-    and a priority of 0 is never found. The parents are brought up to date when they are next needed.
+    A parent is always the sum of its children as they are, added from the first to the last, never corrected by
+    differences: rounding does not build up, and a priority of 0 is never found. Both are done by compiled C++ where
+    there is a compiler, else by NumPy, with the same results to the last bit.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, compiled: bool = True) -> None:
         self.levels = []  # leaves first; each [families, FAN_OUT]
         while True:
             self.levels.append(np.zeros((-(-size // FAN_OUT), FAN_OUT)))
@@ -23,7 +29,8 @@ class SumTree:
             if size <= TOP:
                 break
         self.top = np.zeros(size)
-        self._stale: list[np.ndarray] = []
+        self._stale: list[np.ndarray] = []  # of NumPy's sums, which are brought up to date when they are next needed
+        self._native = _Native.of(self.levels, self.top) if compiled else None
 
     @property
     def leaves(self) -> Float[np.ndarray, " n"]:
@@ -32,12 +39,15 @@ class SumTree:
 
     def set(self, index: Int64[np.ndarray, " k"], priority: Float[np.ndarray, " k"] | float) -> None:
         """Change priorities; where an index comes twice the last one counts."""
+        if self._native is not None:
+            self._native.set(index, priority)
+            return
         self.leaves[index] = priority
         self._stale.append(index)
 
     def total(self) -> float:
         self._refresh()
-        return float(self.top.sum())
+        return float(np.add.accumulate(self.top)[-1])
 
     def find(self, share: Float[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:
         """The leaves at these shares, in [0, 1), of the total: a uniform share finds leaf i with probability p_i / Σ p.
@@ -45,10 +55,16 @@ class SumTree:
         Raises:
             ValueError: all priorities are 0.
         """
+        node, total = self._find(share) if self._native is None else self._native.find(share)
+        if total <= 0:
+            raise ValueError("no priority is above 0: there is nothing to sample")
+        return node
+
+    def _find(self, share: Float[np.ndarray, " k"]) -> tuple[Int64[np.ndarray, " k"], float]:
         self._refresh()
         sums = torch.cumsum(torch.from_numpy(self.top), 0).numpy()
         if sums[-1] <= 0:
-            raise ValueError("no priority is above 0: there is nothing to sample")
+            return np.zeros(0, dtype=np.int64), float(sums[-1])
         rest = share * sums[-1]
         node = sums.searchsorted(_below(rest, sums[-1]), side="right")
         rest = rest - np.where(node > 0, sums.take(node - 1), 0.0)
@@ -60,7 +76,7 @@ class SumTree:
             before = family.numpy().take(places + child - 1)
             rest = rest - np.where(child > 0, before, 0.0)
             node = node * FAN_OUT + child
-        return node
+        return node, float(sums[-1])
 
     def _refresh(self) -> None:
         if not self._stale:
@@ -71,7 +87,41 @@ class SumTree:
             self.levels, [*(level.reshape(-1) for level in self.levels[1:]), self.top], strict=True
         ):
             index = index // FAN_OUT
-            above[index] = level.take(index, 0).sum(1)
+            above[index] = np.add.accumulate(level.take(index, 0), 1)[:, -1]
+
+
+class _Native:
+    """The compiled twin, on the same arrays."""
+
+    def __init__(self, functions: ctypes.CDLL, levels: Sequence[np.ndarray], top: np.ndarray) -> None:
+        self.arrays = [*levels, top]  # kept alive: C++ has their addresses only
+        self.addresses = (ctypes.c_void_p * len(self.arrays))(*(array.ctypes.data for array in self.arrays))
+        self.sums, self.depth, self.leaves = np.zeros(len(top)), len(levels), levels[0].size
+        self.functions = functions
+
+    @classmethod
+    def of(cls, levels: Sequence[np.ndarray], top: np.ndarray) -> "_Native | None":
+        functions = native.library()
+        return None if functions is None else cls(functions, levels, top)
+
+    def set(self, index: Int64[np.ndarray, " k"], priority: Float[np.ndarray, " k"] | float) -> None:
+        index, values = np.ascontiguousarray(index, dtype=np.int64), np.asarray(priority, dtype=np.float64, order="C")
+        if not self.functions.set(
+            self.addresses, self.depth, self.leaves, index.ctypes.data, len(index), values.ctypes.data, values.ndim
+        ):
+            raise IndexError(f"index is {index}, allowed: 0 to {self.leaves - 1}")
+
+    def find(self, share: Float[np.ndarray, " k"]) -> tuple[Int64[np.ndarray, " k"], float]:
+        share, rest, leaf = (
+            np.ascontiguousarray(share, dtype=np.float64),
+            np.empty(len(share)),
+            np.empty(len(share), int),
+        )
+        total = self.functions.find(
+            self.addresses, self.depth, len(self.sums), self.sums.ctypes.data, share.ctypes.data,
+            rest.ctypes.data, len(share), leaf.ctypes.data,
+        )  # fmt: skip
+        return leaf, total
 
 
 def _below(rest: Float[np.ndarray, " k"], total: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
