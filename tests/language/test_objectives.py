@@ -234,6 +234,50 @@ def test_grpos_own_scaling_is_biased_as_stated() -> None:
     assert float(torch.cosine_similarity(ours, unbiased, 0)) < 0.999
 
 
+def test_process_rewards_by_hand() -> None:
+    """S4 A.3.3. Two completions, steps that end at tokens 1, 3 and 2, 4, rewards 1, 0 and 1, 2: their mean is 1, their
+    std (ddof 1) √(2/3). Normalised to 0, -c, 0, c with c = √1.5; a token gets the sum of the steps that end at it or
+    later. The second group is judged at one token only: there is nothing to compare, Ψ is 0."""
+    response = torch.ones(4, 5, dtype=torch.bool)
+    steps = [[(1, 1.0), (3, 0.0)], [(2, 1.0), (4, 2.0)], [(0, 5.0)], []]
+    reward = torch.tensor([1.0, 3.0, 5.0, 0.0], dtype=torch.float64)
+    zero = torch.zeros(4, 5, dtype=torch.float64)
+    data = Rollout([{}] * 4, [[2]] * 4, [[2] * 5] * 4, response, response[:, 0], zero, reward, {}, steps)
+    c = math.sqrt(1.5)
+    expected = np.array([[-c, -c, -c, -c, 0], [c, c, c, c, c], [0] * 5, [0] * 5])
+    config = GRPO(group_size=2, credit="process")
+    model = nets.tabular()
+    given = grpo.estimate(data, rollout.Source(model, [], [], None), None, config)  # type: ignore[arg-type]
+    np.testing.assert_allclose(given.psi, expected, atol=2e-4)  # the 1e-4 beside the std
+    turned = rollout.pick(data, [1, 0])
+    np.testing.assert_allclose(rollout.process_relative(turned, 2), expected[[1, 0]], atol=2e-4)
+    joined = rollout.join([rollout.pick(data, [0, 1]), rollout.pick(data, [2, 3])])
+    np.testing.assert_allclose(rollout.process_relative(joined, 2), expected, atol=2e-4)
+
+
+def test_the_process_gradient_is_the_enumerated_one() -> None:
+    """Every token a step with a known reward: E[gradient] is Σ p(y) Ψ_t ∇ log π(y_t|·) over all groups, with Ψ computed
+    apart: each step's reward normalised over both completions' steps, summed from the token on."""
+    model = nets.tabular()
+    data, p = pairs(model)
+    judged = [[(t, float(token - 1 + t)) for t, token in enumerate(c)] for c in data.completions]
+    data = data._replace(steps=judged)
+    config = GRPO(group_size=2, credit="process", reduction="fixed-length", sampling=Sampling(nets.LENGTH))
+    given = grpo.estimate(data, rollout.Source(model, [], [], None), None, config)  # type: ignore[arg-type]
+    ours = expected_gradient(model, data, given, p, config)
+    total = torch.zeros(())
+    for k, probability in enumerate(p.tolist()):
+        both = [np.array([r for _, r in judged[2 * k + i]]) for i in range(2)]
+        steps = np.concatenate(both)
+        for i in range(2):
+            scaled = (both[i] - steps.mean()) / (steps.std(ddof=1) + 1e-4)
+            completion = data.completions[2 * k + i]
+            logits = model.network(torch.tensor([PROMPT + completion])).logits[0].log_softmax(-1)
+            for t, token in enumerate(completion):
+                total = total + probability * scaled[t:].sum() * logits[len(PROMPT) + t - 1, token]
+    torch.testing.assert_close(ours, exact_gradient(model.network, total) / 2 / nets.LENGTH, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_what_each_kl_in_the_loss_does(estimator: Any) -> None:
     """Per token, on data of π: k1 gives 0, k2 ∇KL[π, π_ref] of the tokens met, k3 ∇KL[π_ref, π] of them."""

@@ -88,3 +88,44 @@ def test_an_unknown_reward_is_refused(spec: str) -> None:
 def test_a_file_of_prompts_has_no_task() -> None:
     with pytest.raises(ValueError, match=r"reward is 'task', but data.source is 'a.jsonl'"):
         rewards.resolve("task", "a.jsonl", 0)
+
+
+# Process rewards
+
+
+def test_a_process_reward_is_steps_for_training_and_their_sum_for_evaluation() -> None:
+    def mine(**_: Any) -> list[Any]:
+        return [[(0, 1.0), (1, -0.5)], []]
+
+    assert rewards.judge_steps(mine, ROWS, ["2", "5"], [[7, 1], [8, 1]]) == [[(0, 1.0), (1, -0.5)], []]
+    assert judge(mine) == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([1.0, 2.0], "allowed for process rewards: a list of pairs"),
+        ([[(0, 1.0)], [(2, 1.0)]], "ends a step of completion 1 at token 2; allowed: 0 to 1"),
+        ([[(0, float("nan"))], []], "returned nan"),
+        ([[(0, 1.0, 2.0)], []], "allowed for process rewards: a list of pairs"),
+    ],
+)
+def test_what_is_no_process_reward_is_said(found: Any, words: str) -> None:
+    def mine(**_: Any) -> Any:
+        return found
+
+    with pytest.raises(ValueError, match=words):
+        rewards.judge_steps(mine, ROWS, ["2", "5"], [[7, 1], [8, 1]])
+
+
+def test_a_task_without_steps_is_named() -> None:
+    with pytest.raises(ValueError, match="'addition' has no rewards of its steps; allowed: shifting"):
+        rewards.resolve("task", "task:addition", 0, process=True)
+
+
+def test_shifting_judges_letters_and_the_end() -> None:
+    row = {"prompt": "shift abj:", "answer": "bca"}
+    judged = rewards.resolve("task", "task:shifting", 0, process=True)
+    assert rewards.judge_steps(judged, [row], ["bca"], [[5, 6, 7, 1]]) == [[(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)]]
+    assert rewards.judge_steps(judged, [row], ["bb"], [[5, 6, 1]]) == [[(0, 1.0), (1, 0.0), (2, 0.0)]]  # ended too soon
+    assert rewards.judge(rewards.resolve("task", "task:shifting", 0), [row], ["bca"], [[5, 6, 7, 1]]) == [1.0]

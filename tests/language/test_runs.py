@@ -17,6 +17,7 @@ COMMANDS = {
     "grpo": (
         "--data", "task:copying", "--data.rows", "64", "--batch-size", "4", "--group-size", "4", "--minibatches", "2",
         "--num-epochs", "2", "--sampling.max-new-tokens", "6", "--kl-coef", "0.1", "--sample-interval", "2",
+        "--reference-interval", "3",
     ),
     "lm-ppo": (
         "--data", "task:copying", "--data.rows", "64", "--batch-size", "8", "--sampling.max-new-tokens", "6",
@@ -102,6 +103,8 @@ def test_from_sft_to_a_reward_model_to_dpo_and_grpo(tmp_path: Path) -> None:
         (("grpo", "--group-size", "1"), "group_size is 1"),
         (("grpo", "--reward", "nothing"), "reward is 'nothing', allowed: 'task'"),
         (("grpo", "--minibatches", "99"), "minibatches is 99, allowed: at most batch_size"),
+        (("grpo", "--credit", "process", "--scale", "none"), "credit is 'process' with scale 'none'"),
+        (("grpo", "--reference-interval", "3"), "reference_interval is 3, allowed: 0 where kl_coef is 0"),
         (("dpo", "--loss", "ipo", "--label-smoothing", "0.1"), "allowed with loss 'ipo': 0"),
         (("sft", "--model", "./nowhere"), "no model was found there"),
     ],

@@ -1,6 +1,7 @@
 """Group Relative Policy Optimization and its descendants (Shao et al. 2024, arXiv:2402.03300; S3 alg 12, S4 3.5).
 
 Psi         (reward - mean of the group) / (std + 1e-4), for every token of a completion; S4 eq 3.12 core/advantages.py
+            or of the steps that end at the token or later, each normalised so; S4 A.3.3
 surrogate   min(ρ Ψ, clip(ρ) Ψ), ρ = π_θ/π_old of a token (S4 eq 3.14), or of a sequence (GSPO)      core/surrogates.py
 constraint  the clip; and β KL[π_θ || π_ref], in the loss by k1, k2 or k3, or in the reward          core/divergences.py
 data        G completions of each prompt by the current policy, used for a few gradient steps
@@ -51,6 +52,7 @@ class GRPO:
     num_epochs: int = 1  # passes over a generation batch
     minibatches: int = 1  # gradient steps per pass
     micro_batch_tokens: int = 4096  # per forward pass, padding counted: memory, not mathematics
+    credit: Literal["response", "process"] = "response"  # of a token: its completion's, or its steps' (S4 A.3.3)
     scale: Literal["group", "batch", "none"] = "group"  # what the centred reward is divided by the std of
     surrogate: Literal["clip", "cispo", "log-prob"] = "clip"
     ratio: Literal["token", "sequence"] = "token"  # sequence: exp of the mean over its tokens, one ratio (GSPO)
@@ -60,6 +62,7 @@ class GRPO:
     kl_coef: float = 0.0  # β, reward per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    reference_interval: int = 0  # iterations after which π_ref becomes the policy (S3 alg 12's outer loop); 0: never
     truncated: rollout.Cut = "terminate"  # a completion cut at the limit: scored, or masked out of the loss
     overlong_buffer: int = 0  # tokens before the limit over which a penalty grows linearly to 1 (DAPO); 0: none
     dynamic_sampling: int = 0  # further generation batches, at most, in place of groups whose rewards are all equal
@@ -71,7 +74,18 @@ class GRPO:
         settings.within(self, 1, None, "sample_interval")
         settings.within(self, 0, 1, "clip_low")
         settings.within(self, 0, None, "clip_high", "kl_coef", "overlong_buffer", "dynamic_sampling")
+        settings.within(self, 0, None, "reference_interval")
         rollout.refuse_filters(self.sampling)
+        if self.credit == "process" and (self.scale, self.overlong_buffer, self.kl_in) != ("group", 0, "loss"):
+            raise ValueError(
+                f"credit is 'process' with scale {self.scale!r}, overlong_buffer {self.overlong_buffer} and kl_in "
+                f"{self.kl_in!r}; allowed: 'group', 0 and 'loss', as there is no one reward of a completion"
+            )
+        if self.reference_interval and (not self.kl_coef or self.model.lora_rank):
+            raise ValueError(
+                f"reference_interval is {self.reference_interval}, allowed: 0 where kl_coef is 0 (no reference) "
+                "or with LoRA (the reference is the network without adapters)"
+            )
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches is {self.minibatches}, allowed: at most batch_size {self.batch_size}")
         if self.overlong_buffer > self.sampling.max_new_tokens:
@@ -149,8 +163,11 @@ def estimate(data: Rollout, origin: Source, reference: Any, config: GRPO) -> Est
     if logp_ref is not None and config.kl_in == "reward":
         kl = ESTIMATORS[config.kl_estimator](data.logp_behavior, logp_ref).masked_fill(~data.response, 0.0)
         reward = reward - config.kl_coef * kl.sum(1)
-    grouped = advantages.group_relative(reward.unflatten(0, (-1, config.group_size)), config.scale)
-    psi = grouped.flatten().unsqueeze(1) * data.response
+    if config.credit == "process":
+        psi = rollout.process_relative(data, config.group_size)
+    else:
+        grouped = advantages.group_relative(reward.unflatten(0, (-1, config.group_size)), config.scale)
+        psi = grouped.flatten().unsqueeze(1) * data.response
     counted = data.response
     if config.truncated == "mask":
         counted = counted & data.finished.unsqueeze(1)
@@ -207,9 +224,10 @@ def train(config: GRPO, session: Run | None = None) -> Model:
     """
     with session or Run("grpo", config, config.total_steps) as session:
         model = models.load(config.model, config.run.seed)
-        origin = rollout.source(config, model)
+        origin = rollout.source(config, model, config.credit == "process")
         reference = models.reference(model) if config.kl_coef else None
-        state, numbers = learner.begin(model.network, config, session), {}
+        follower = reference if config.reference_interval else None
+        state, numbers = learner.begin(model.network, config, session, follower), {}
         while state.iteration < config.total_steps:
             # 1. collect: G completions of some prompts, judged
             data = collect(origin, config, state.iteration)
@@ -225,6 +243,8 @@ def train(config: GRPO, session: Run | None = None) -> Model:
             spent = data.seconds | {"estimate": estimated - began, "update": time.perf_counter() - estimated}
             rollout.write_samples(session, origin, data, given.psi, state.iteration, config)
             state = state._replace(iteration=state.iteration + 1)
+            if config.reference_interval and state.iteration % config.reference_interval == 0:
+                learner.follow(state)
             numbers |= rollout.summary(data) | rollout.shares(spent)
             learner.report(session, state, config, numbers)
         learner.finish(session, state, model.network, model.tokenizer, numbers)

@@ -69,15 +69,16 @@ class State(NamedTuple):
     optimizer: torch.optim.AdamW
     iteration: int
     remembered: dict[str, float]  # numbers of the algorithm's own: a moving average, a penalty's coefficient
+    follower: nn.Module | None = None  # a frozen network that is set to the trained one now and then
 
 
-def begin(trained: nn.Module, config: Config, session: Run) -> State:
+def begin(trained: nn.Module, config: Config, session: Run, follower: nn.Module | None = None) -> State:
     """The state a run begins with, or the one that its checkpoint holds."""
     named = models.trainable(trained)
     optimizer = config.optimizer.build(named.values())
     saved = None if session.restored is None else session.restored.tensors
     if saved is None:
-        return State(trained, optimizer, 0, {})
+        return State(trained, optimizer, 0, {}, follower)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(saved[f"model.{name}"])
@@ -87,8 +88,19 @@ def begin(trained: nn.Module, config: Config, session: Run) -> State:
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device).clone() for key, value in moments.items()
                 }  # fmt: skip
+        for name, parameter in follower.named_parameters() if follower is not None else ():
+            parameter.copy_(saved[f"follower.{name}"])
     numbers = {name.removeprefix("own."): float(value) for name, value in saved.items() if name.startswith("own.")}
-    return State(trained, optimizer, int(saved["iteration"]), numbers)
+    return State(trained, optimizer, int(saved["iteration"]), numbers, follower)
+
+
+@torch.no_grad()
+def follow(state: State) -> None:
+    """The follower becomes what the trained network is now."""
+    assert state.follower is not None
+    now = dict(state.trained.named_parameters())
+    for name, parameter in state.follower.named_parameters():
+        parameter.copy_(now[name])
 
 
 def pack(state: State) -> dict[str, Tensor]:
@@ -98,6 +110,8 @@ def pack(state: State) -> dict[str, Tensor]:
         tensors[f"model.{name}"] = parameter
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
+    if state.follower is not None:
+        tensors |= {f"follower.{name}": parameter for name, parameter in state.follower.named_parameters()}
     return tensors | {f"own.{k}": torch.tensor(v, dtype=torch.float64) for k, v in state.remembered.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from upslope.core import advantages
 from upslope.language import batching, generation, learner, models, prompts, rewards
 from upslope.language.batching import Sequences
 from upslope.language.generation import Sampling
@@ -46,6 +47,7 @@ class Source(NamedTuple):
     rows: list[Row]
     written: list[list[int]]  # every row's prompt, tokenised once
     reward: rewards.Reward
+    process: bool = False  # it judges steps
 
 
 class Rollout(NamedTuple):
@@ -59,6 +61,7 @@ class Rollout(NamedTuple):
     logp_behavior: Float[Tensor, "N T"]
     reward: Float[Tensor, " N"]
     seconds: dict[str, float]  # of the phases so far
+    steps: Sequence[rewards.Steps] = ()  # N, with their rewards, where steps are judged and not whole completions
 
     @property
     def lengths(self) -> list[int]:
@@ -81,11 +84,12 @@ class Batch(NamedTuple):
         )
 
 
-def source(config: Config, model: Model) -> Source:
-    """The prompts of a run and their judge."""
+def source(config: Config, model: Model, process: bool = False) -> Source:
+    """The prompts of a run and their judge, of completions or of their steps."""
     rows = prompts.read(config.data, "prompt", seed=config.run.seed)
     written, _ = prompts.encode_all(model, rows, None, room=config.sampling.max_new_tokens)
-    return Source(model, rows, written, rewards.resolve(config.reward, config.data.source, config.run.seed))
+    judge = rewards.resolve(config.reward, config.data.source, config.run.seed, process)
+    return Source(model, rows, written, judge, process)
 
 
 def collect(origin: Source, config: Config, iteration: int, size: int, again: int = 0) -> Rollout:
@@ -99,12 +103,32 @@ def collect(origin: Source, config: Config, iteration: int, size: int, again: in
     index = [i for i in chosen for _ in range(group)]
     rows, completions = [origin.rows[i] for i in index], done.tokens()
     texts = [prompts.decode(origin.model, completion) for completion in completions]
-    reward = torch.tensor(rewards.judge(origin.reward, rows, texts, completions), dtype=torch.float64)
+    steps: list[rewards.Steps] = []
+    if origin.process:
+        steps = rewards.judge_steps(origin.reward, rows, texts, completions)
+        judged = [sum(each for _, each in own) for own in steps]
+    else:
+        judged = rewards.judge(origin.reward, rows, texts, completions)
+    reward = torch.tensor(judged, dtype=torch.float64)
     spent["reward"] = time.perf_counter() - began - spent["generate"]
     return Rollout(
         rows, [origin.written[i] for i in index], completions, done.response.cpu(), done.finished.cpu(),
-        done.logp_behavior.cpu(), reward, spent,
+        done.logp_behavior.cpu(), reward, spent, steps,
     )  # fmt: skip
+
+
+def process_relative(data: Rollout, size: int) -> Float[Tensor, "N T"]:
+    """Ψ by the rewards of steps (S4 A.3.3), group by group; 0 in a group with fewer than 2 steps."""
+    width, most = data.response.shape[1], max(1, *(len(steps) for steps in data.steps))
+    padded = torch.tensor([[*steps, *[(-1, 0.0)] * (most - len(steps))] for steps in data.steps], dtype=torch.float64)
+    groups = padded.unflatten(0, (-1, size)).unbind()
+    psi = [
+        advantages.process_relative(group[..., 1], group[..., 0].long(), width)
+        if (group[..., 0] >= 0).sum() > 1
+        else torch.zeros(size, width, dtype=torch.float64)
+        for group in groups
+    ]
+    return torch.cat(psi)
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:
@@ -119,13 +143,15 @@ def join(parts: Sequence[Rollout]) -> Rollout:
         torch.cat([part.finished for part in parts]), torch.cat([wide(part.logp_behavior) for part in parts]),
         torch.cat([part.reward for part in parts]),
         {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
+        [steps for part in parts for steps in part.steps],
     )  # fmt: skip
 
 
 def pick(data: Rollout, index: list[int]) -> Rollout:
     """Some of the completions."""
     take = lambda part: part[index] if isinstance(part, Tensor) else [part[i] for i in index]  # noqa: E731
-    return Rollout(*map(take, data[:-1]), seconds=data.seconds)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {name: part for name, part in data._asdict().items() if name != "seconds" and len(part)}
+    return data._replace(**{name: take(part) for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 def batches(data: Rollout, index: list[int], model: Model, tokens: int) -> list[Batch]:

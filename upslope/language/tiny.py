@@ -59,6 +59,7 @@ class Task(NamedTuple):
 
     draw: Callable[[random.Random], tuple[str, str]]  # -> prompt, answer
     reward: Callable[[str, str, str], float]  # (prompt, completion, answer) -> reward
+    steps: Callable[[str, str, int], list[tuple[int, float]]] | None = None  # (completion, answer, tokens) -> steps
 
 
 def exact(prompt: str, completion: str, answer: str) -> float:
@@ -78,6 +79,16 @@ def countdown(prompt: str, completion: str, answer: str) -> float:
         return 0.0
     used = sorted(abs(int(term)) for term in terms)
     return float(used == sorted(map(int, numbers.split())) and sum(map(int, terms)) == int(target))
+
+
+def letters(completion: str, answer: str, tokens: int) -> list[tuple[int, float]]:
+    """Every letter is a step, and so is the end: 1 where it is the answer's.
+
+    >>> letters("bxd", "bcd", 4)
+    [(0, 1.0), (1, 0.0), (2, 1.0), (3, 1.0)]
+    """
+    plain = tokens - len(completion) in (0, 1)  # else there were special tokens in between
+    return [(t, float(plain and completion[t : t + 1] == answer[t : t + 1])) for t in range(tokens)]
 
 
 def _letters(source: random.Random, low: int, high: int) -> str:
@@ -104,6 +115,11 @@ def _copying(source: random.Random) -> tuple[str, str]:
     return f"{count}{letter}:", letter * count
 
 
+def _shifting(source: random.Random) -> tuple[str, str]:
+    word = _letters(source, 10, 12)
+    return f"shift {word}:", "".join("abcdefghij"["abcdefghij".index(letter) - 9] for letter in word)
+
+
 def _countdown(source: random.Random) -> tuple[str, str]:
     numbers = [source.randint(1, 9) for _ in range(3)]
     signs = [1, *(source.choice((1, -1)) for _ in range(2))]
@@ -118,6 +134,7 @@ TASKS: dict[str, Task] = {
     "sorting": Task(_sorting, exact),
     "reversing": Task(_reversing, exact),
     "copying": Task(_copying, exact),
+    "shifting": Task(_shifting, exact, letters),
     "countdown": Task(_countdown, countdown),
 }
 
