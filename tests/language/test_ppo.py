@@ -1,6 +1,8 @@
 """PPO for language models: rewards, advantages and targets token by token by hand; exact gradients; splits; a run."""
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,32 @@ def test_with_one_step_the_gradient_is_exact_where_the_critic_is(lam: float) -> 
     else:
         assert float((ours - exact).norm() / exact.norm()) > 0.05
     assert data.prompts[0] == PROMPT
+
+
+def test_the_entropy_bonus_climbs_the_entropy_of_the_states_that_are_met() -> None:
+    """E[gradient of the bonus] = Σ over prefixes of p(prefix) ∇H(π(·|prefix)), by enumeration of all prefixes."""
+    model, judge = nets.tabular(0), critic()
+    data, p = pairs(model)
+    source = rollout.Source(model, [], [], None)  # type: ignore[arg-type]
+    with_bonus, without = (
+        ppo.estimate(data, source, judge, None, 0.0, settings(kl_coef=0.0, entropy_coef=c)) for c in (0.7, 0.0)
+    )
+    psi = (with_bonus.psi - without.psi) * p.repeat_interleave(2).unsqueeze(1)
+    config, trained = (
+        settings(value_coef=0.0, clip_value=None),
+        nn.ModuleDict({"policy": model.network, "critic": judge}),
+    )
+    total = torch.zeros(())
+    for batch in rollout.batches(data, list(range(450)), model, 4096):
+        total = total + ppo.objective(trained, batch, without._replace(psi=psi), 2, 1, config)[0]
+    ours = exact_gradient(model.network, total)
+    expected = torch.zeros(())
+    for count in range(nets.LENGTH):
+        for prefix in itertools.product((2, 3), repeat=count):  # an ended completion has no further tokens
+            logits = model.network(torch.tensor([PROMPT + list(prefix)])).logits[0].log_softmax(-1)
+            reached = sum(float(logits[len(PROMPT) - 1 + t, token].detach()) for t, token in enumerate(prefix))
+            expected = expected - math.exp(reached) * (logits[-1].exp() * logits[-1]).sum()
+    torch.testing.assert_close(ours, 0.7 * exact_gradient(model.network, expected), rtol=1e-8, atol=1e-11)
 
 
 def test_the_gradient_does_not_depend_on_the_split() -> None:

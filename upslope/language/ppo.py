@@ -61,6 +61,7 @@ class PPO:
     clip_value: float | None = 0.2  # of the value's move from its old one, in reward units; None: not clipped
     value_coef: float = 0.5  # c1, of the squared error without ½
     whiten_advantages: bool = True  # over the tokens of a generation batch
+    entropy_coef: float = 0.0  # c2, Ψ per nat of the entropy of a token's distribution (S4 eq 2.18)
     kl_coef: float = 0.05  # β, reward per nat; the first one where kl_target is set
     kl_target: float | None = None  # nats per completion that β follows (Ziegler); None: β is fixed
     kl_horizon: float = 1000.0  # completions over which it follows
@@ -75,7 +76,7 @@ class PPO:
         settings.within(self, 1, None, "micro_batch_tokens", "sample_interval")
         settings.within(self, 0, 1, "gamma", "gae_lambda", "critic_lambda", "clip_low")
         settings.within(self, 0, None, "clip_high", "value_coef", "kl_coef", "ptx_coef", "nll_coef", "critic_warmup")
-        settings.within(self, 0, None, "length_adaptive")
+        settings.within(self, 0, None, "length_adaptive", "entropy_coef")
         settings.positive(self, "clip_value", "kl_target", "kl_horizon")
         rollout.refuse_filters(self.sampling)
         if self.kl_target is not None and not self.kl_coef:
@@ -135,6 +136,8 @@ def estimate(data: Rollout, origin: Source, critic: Scorer, reference: Any, beta
         counted = counted & data.finished.unsqueeze(1)
     if config.whiten_advantages and int(counted.sum()) > 1:
         psi = advantages.whiten(psi, counted)
+    # ∇ of an entropy is E[- log π ∇ log π]: the sampled token's - log π estimates it without a pass over the vocabulary
+    psi = psi - config.entropy_coef * logp_old * data.response
     success = data.response & (data.reward > 0).unsqueeze(1)
     return Estimates(psi, target, value, logp_old, counted, success, float(kl.sum(1).mean()))
 
