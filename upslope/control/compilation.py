@@ -87,5 +87,5 @@ def _key(config: Any) -> str:
     described = settings.to_json(config)
     for name in ("run", "total_steps"):
         described.pop(name, None)
-    text = json.dumps([described, torch.__version__], sort_keys=True)
+    text = json.dumps([described, torch.__version__], sort_keys=True, default=repr)  # kwargs may hold objects
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,7 +18,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
+from upslope.control import (
+    environments,
+    masks,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    qnetworks,
+    replay,
+)
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation
 from upslope.control.offpolicy import State
@@ -129,8 +138,12 @@ def act(
     uniform: Float[Tensor, " N"],
     any_action: Int64[Tensor, " N"],
 ) -> Int64[Tensor, " N"]:
-    """The best action, or with probability ε any; for a network with noise in its weights always the best."""
+    """The best action, or with probability ε any legal one; for a network with noise in its weights always the best."""
     q = net(theta, observation, weights)
+    if isinstance(observation, dict) and masks.KEY in observation:  # below ε, u/ε is uniform as well
+        legal = (observation[masks.KEY] != 0).cumsum(-1)
+        rank = (uniform / epsilon * legal[:, -1]).floor().clamp(max=legal[:, -1] - 1)
+        any_action = (legal > rank.unsqueeze(-1)).long().argmax(-1)
     return q.argmax(-1) if weights is not None else exploration.epsilon_greedy(q, epsilon, uniform, any_action)
 
 

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from upslope.control import networks
+from upslope.control import masks, networks
 from upslope.control.networks import Observation, Torso
 from upslope.core import distributions, exploration, values
 from upslope.runs import settings
@@ -135,12 +135,17 @@ class Greedy(NamedTuple):
 class Policy(nn.Module):
     """π(·|s): greedy for Q, or ∝ exp(Q/α)."""
 
-    def __init__(self, torso: Torso, head: Head) -> None:
+    def __init__(self, torso: Torso, head: Head, masked: bool) -> None:
         super().__init__()
-        self.torso, self.head = torso, head
+        self.torso, self.head, self.masked = torso, head, masked
+
+    def q(self, observation: Observation, noise: Tensor | None = None) -> Float[Tensor, "batch actions"]:
+        """Q(s, ·); of illegal actions `masks.ILLEGAL`, which no maximum takes."""
+        q = self.head(self.torso(observation), noise)
+        return masks.apply(q, observation[masks.KEY]) if self.masked else q  # type: ignore[index]
 
     def forward(self, observation: Observation) -> Greedy | distributions.Categorical:
-        q = self.head(self.torso(observation))
+        q = self.q(observation)
         return distributions.Categorical(q / self.head.alpha) if self.head.alpha else Greedy(q)
 
 
@@ -155,13 +160,14 @@ class QNetwork(nn.Module):
             config.hidden[:-1], config.activation, orthogonal=config.orthogonal, cnn_features=config.cnn_features
         )
         torso = Torso(observation_space, shared)
-        self.policy = Policy(torso, Head(int(action_space.n), (torso.size, *config.hidden[-1:]), config))
+        head = Head(int(action_space.n), (torso.size, *config.hidden[-1:]), config)
+        self.policy = Policy(torso, head, masks.masked(observation_space, action_space))
 
     def forward(
         self, observation: Observation, noise: Float[Tensor, " noise"] | None = None
     ) -> Float[Tensor, "batch actions"]:
         """Q of every action; with noisy layers the mean network, or one with this noise."""
-        return self.policy.head(self.policy.torso(observation), noise)
+        return self.policy.q(observation, noise)
 
     @property
     def noise_size(self) -> int:

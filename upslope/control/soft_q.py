@@ -17,7 +17,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from upslope.control import environments, normalization, offpolicy, offpolicy_program, optimizers, qnetworks, replay
+from upslope.control import (
+    environments,
+    masks,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    optimizers,
+    qnetworks,
+    replay,
+)
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation
 from upslope.control.offpolicy import State
@@ -126,7 +135,10 @@ def behaviour(state: State, net: Net, config: SoftQ, acts: offpolicy.Act | None 
 
     def choose(observation: Observation, t: int) -> Tensor:
         if state.step + t * n < config.learning_starts:
-            return offpolicy.random_actions(space, n, random)
+            if not state.world.envs.masked:
+                return offpolicy.random_actions(space, n, random)
+            even = masks.apply(torch.zeros_like(noise[t]), observation[masks.KEY])  # type: ignore[index]
+            return distributions.Categorical(even).sample(noise[t])
         return acts(state.theta, observation, config.network.alpha, noise[t])
 
     return choose
