@@ -197,6 +197,11 @@ def refuse_filters(sampling: Sampling) -> None:
             f"sampling is {sampling}; for training allowed: temperature above 0, top_k 0, top_p 1, min_p 0: "
             "what a filter cuts off has another distribution than the policy that is learned"
         )
+    if sampling.engine.url is not None and sampling.engine.weights is None:
+        raise ValueError(
+            "sampling.engine.weights is None; for training allowed: the folder that the server reads its weights from: "
+            "without it every batch would be the first policy's"
+        )
 
 
 def summary(data: Rollout) -> dict[str, float]:
