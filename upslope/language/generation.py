@@ -84,17 +84,17 @@ def _by_token(
 ) -> Completions:
     device, count, most = model.device, len(prompts) * group, sampling.max_new_tokens
     rows = pad(prompts, [[]] * len(prompts), model.pad, left=True).to(device)
-    uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device)
-    ids = torch.full((count, most), model.pad, device=device)
-    logp, taken = torch.zeros(count, most, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+    uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device).T.contiguous()
+    ids, logp = torch.zeros(most, count, dtype=torch.int64, device=device), torch.zeros(most, count, device=device)
+    response = torch.zeros(most, count, dtype=torch.bool, device=device)
     place, open_ = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     position = rows.positions[:, -1].repeat_interleave(group)
     reader = decoding.start(model.network, rows, group, most)
-    logits = reader.logits
+    logits, still = reader.logits, uniform  # uniform numbers of the rows that are still there
     for t in range(most):
-        token, chosen = draw(logits, uniform[place, t], sampling)
-        ids[place, t], logp[place, t] = token.where(open_, model.pad), chosen.to(logp.dtype) * open_
-        taken[place] += open_
+        token, chosen = draw(logits, still[t], sampling)
+        for whole, part in ((ids, token), (logp, chosen.to(logp.dtype)), (response, open_)):
+            whole[t].index_copy_(0, place, part)
         open_ = open_ & (token != model.eos)
         going = int(open_.sum())
         if going == 0 or t + 1 == most:
@@ -102,13 +102,14 @@ def _by_token(
         if going <= LEAVE * len(place):
             keep = open_.nonzero().squeeze(1)
             place, token, position, open_ = place[keep], token[keep], position[keep], open_[keep]
+            still = uniform[:, place]
             reader.select(keep)
         position = position + 1
         logits = reader.step(token, position)
-    response = torch.arange(most, device=device) < taken.unsqueeze(1)
-    last = ids.gather(1, (taken - 1).unsqueeze(1)).squeeze(1)
-    width = int(taken.max())
-    return Completions(ids[:, :width], response[:, :width], last == model.eos, logp[:, :width])
+    response = response[: t + 1].T.contiguous()
+    ids = ids[: t + 1].T.masked_fill(~response, model.pad)
+    last = ids.gather(1, response.sum(1, keepdim=True) - 1).squeeze(1)
+    return Completions(ids, response, last == model.eos, logp[: t + 1].T.masked_fill(~response, 0.0))
 
 
 def _by_transformers(
@@ -172,7 +173,7 @@ def draw(
     if sampling.temperature == 0:
         token = wide.argmax(-1)
         return token, wide.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    logp = (wide / sampling.temperature).log_softmax(-1)
+    logp = (wide if sampling.temperature == 1 else wide / sampling.temperature).log_softmax(-1)
     kept = filtered(logp, sampling) if sampling.filters else logp
     cumulative = kept.exp().cumsum(-1, dtype=torch.float64)
     share = uniform.unsqueeze(-1) * cumulative[:, -1:]
