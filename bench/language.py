@@ -145,8 +145,8 @@ for line in sys.stdin:
 class Peer:
     """TRL in its own interpreter."""
 
-    def __init__(self, python: str, where: Path, texts: list[str]) -> None:
-        command = [python, "-W", "ignore", "-c", PEER, where, ROWS, PROMPT, STEPS, json.dumps(texts)]
+    def __init__(self, python: str, script: str, *arguments: object) -> None:
+        command = [python, "-W", "ignore", "-c", script, *arguments]
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -159,11 +159,11 @@ class Peer:
             raise SystemExit("the peer's interpreter ended early")
         return json.loads(line)
 
-    def ask(self, name: str, what: str) -> float:
+    def ask(self, *words: object) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{name} {what}\n")
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
-        return float(self.read())
+        return self.read()
 
 
 class Ours:
@@ -405,7 +405,7 @@ def main() -> None:
         tiny.tokenizer().save_pretrained(where)
         ours, peer = Ours(where, texts), None
         if options.peer:
-            peer = Peer(options.peer, where, texts)
+            peer = Peer(options.peer, PEER, where, ROWS, PROMPT, STEPS, json.dumps(texts))
             sys.stdout.write(f"TRL {peer.version}\n")
             differences(ours, peer)
         if options.losses:

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.language import nets
-from upslope.language import batching, decoding, generation, models, rollout, tiny
+from upslope.language import batching, decoding, generation, llama, models, rollout, tiny
 from upslope.language.generation import Sampling
 from upslope.language.models import Model
 
@@ -48,7 +48,7 @@ def test_the_decoder_takes_what_it_knows(name: str, fast: bool, copied: bool, mo
     """And gives the logits of the network's own forward at every step: rows of unlike lengths, some of them gone."""
     model = nets.model(name)
     if not copied:  # as of a large network
-        monkeypatch.setattr(decoding, "COPIED", 0)
+        monkeypatch.setattr(llama, "COPIED", 0)
     rows = batching.pad(PROMPTS, [[]] * 4, 0, left=True)
     assert decoding.like_llama(model.network) == fast
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """One more token a row: keys and values that are kept, and the network that reads them.
 
-`Decoder` computes what Transformers' forward of a Llama-like network does, in fewer operations: Llama, Mistral, Qwen2
-and Qwen3 without sliding windows, their linear layers plain. Any other network is `Forward`ed as it is.
+`Decoder` computes what Transformers' forward of a Llama-like network (llama.py) does, in fewer operations. Any other
+network is `Forward`ed as it is.
 """
 
 import inspect
@@ -14,12 +14,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from upslope.language import llama
 from upslope.language.batching import Sequences
 from upslope.language.models import plain
-
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-COPIED = 2**25  # parameters up to which matrices are copied for sampling: a larger network has no memory to spare
-ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that depend on nothing but the position
 
 Function = Callable[[Tensor], Tensor]
 
@@ -38,7 +35,7 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any, copied: bool) -> Self:
-        before, after, q_norm, k_norm, q, k, v, o, gate, up, down = _parts(layer)
+        before, after, q_norm, k_norm, q, k, v, o, gate, up, down = llama.parts(layer)
         q_norm, k_norm = (None if norm is None else _normaliser(norm) for norm in (q_norm, k_norm))
         return cls(
             _normaliser(before), _product(copied, q, k, v), q_norm, k_norm, _product(copied, o),
@@ -97,19 +94,16 @@ class Decoder:
     def __init__(self, network: Any, rows: Sequences, group: int, most: int) -> None:
         read = Forward(network, rows, 1, 0)
         self.logits, self.filled, self.model = read.logits.repeat_interleave(group, 0), read.filled, network.model
-        copied = sum(parameter.numel() for parameter in network.parameters()) <= COPIED
+        copied = llama.small(network)
         self.layers = [Layer.of(layer, copied) for layer in self.model.layers]
         self.norm, self.head = _normaliser(self.model.norm), _product(copied, network.get_output_embeddings())
         count, self.heads, _, self.width = read.cache.layers[0].keys.shape
         attention = rows.attention.repeat_interleave(group, 0)
         further = attention.new_ones(len(attention), most)
         self.attention = None if read.attention is None else torch.cat([attention, further], 1)
-        position = torch.arange(self.filled + most, device=self.logits.device)
-        cos, sin = self.model.rotary_emb(read.cache.layers[0].keys, position.unsqueeze(0))
-        sin[..., : self.width // 2] *= -1
-        self.turns = torch.stack([cos[0], sin[0]]).unsqueeze(2)  # [2, position, 1, D]
-        self.none = cos.new_zeros(1, 1, 1)
-        block = cos.new_empty(len(self.layers), 2, count, group, self.heads, self.filled + most, self.width)
+        self.turns = llama.turns(self.model, self.filled + most, read.cache.layers[0].keys)
+        self.none = self.turns.new_zeros(1, 1, 1)
+        block = self.turns.new_empty(len(self.layers), 2, count, group, self.heads, self.filled + most, self.width)
         for own, layer in zip(block, read.cache.layers, strict=True):
             own[0, ..., : self.filled, :], own[1, ..., : self.filled, :] = layer.keys[:, None], layer.values[:, None]
         self.block = block.flatten(2, 3)
@@ -132,7 +126,7 @@ class Decoder:
                 q.copy_(layer.q_norm(q))
                 k.copy_(layer.k_norm(k))
             rolled = turned.roll(self.width // 2, -1)
-            turned.mul_(turn[0]).addcmul_(rolled, turn[1])  # x cos + (-x₂, x₁) sin; the minus is in the sine
+            turned.mul_(turn[0]).addcmul_(rolled, turn[1])
             block[:, :, :, self.filled - 1] = y[:, -2 * h :].view(len(x), 2, h, self.width).transpose(0, 1)
             x = x + layer.o(self._attend(q, block.flatten(1, 2)[:, :, : self.filled], hidden))
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
@@ -161,26 +155,7 @@ def stateful(network: Any) -> bool:
 
 def like_llama(network: Any) -> bool:
     """Whether `Decoder` computes what this network does."""
-    config: Any = getattr(network, "config", None)
-    if plain(network) is not network or getattr(config, "model_type", None) not in LIKE_LLAMA:
-        return False
-    windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if windows or (config.model_type == "mistral" and config.sliding_window) or config.hidden_act != "silu":
-        return False
-    if network.model.rotary_emb.rope_type not in ROPES:
-        return False
-    parts = [part for layer in network.model.layers for part in _parts(layer)]
-    return all(type(part) is nn.Linear or "Norm" in type(part).__name__ for part in parts if part is not None)
-
-
-def _parts(layer: Any) -> list[Any]:
-    """Norms before attention and MLP, of queries and keys (Qwen3); linear layers q, k, v, o, gate, up, down."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        layer.input_layernorm, layer.post_attention_layernorm,
-        *(getattr(attention, name, None) for name in ("q_norm", "k_norm")),
-        *(getattr(attention, f"{name}_proj") for name in "qkvo"), mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-    ]  # fmt: skip
+    return plain(network) is network and llama.alike(network)
 
 
 def _product(copied: bool, *layers: nn.Linear) -> Function:
