@@ -56,7 +56,7 @@ def rotation() -> Tensor:
 
 
 def test_where_it_is_not_taken() -> None:
-    """Another architecture, another attention, bfloat16, training mode, a module that something watches."""
+    """Another architecture, attention or norm, bfloat16, training mode, a module that something watches."""
     assert not llama.trains(nets.network("gpt2"))
     assert not llama.trains(nets.network("gemma2"))
     assert not llama.trains(
@@ -73,3 +73,5 @@ def test_where_it_is_not_taken() -> None:
     handle.remove()
     assert llama.trains(network)
     assert not llama.trains(network.model)  # a backbone alone
+    network.model.norm = torch.nn.RMSNorm(32)
+    assert not llama.trains(network)

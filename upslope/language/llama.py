@@ -20,7 +20,7 @@ COPIED = 2**25  # parameters up to which matrices are copied: a larger network h
 def alike(network: Any) -> bool:
     """Whether this is such a network, without adapters."""
     config: Any = getattr(network, "config", None)
-    if getattr(config, "model_type", None) not in KINDS or type(network).__name__[-11:] != "ForCausalLM":
+    if getattr(config, "model_type", None) not in KINDS or not type(network).__name__.endswith("ForCausalLM"):
         return False
     windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
     if windows or (config.model_type == "mistral" and config.sliding_window) or config.hidden_act != "silu":
@@ -58,6 +58,9 @@ def trains(network: Any) -> bool:
     if not alike(network) or network.config._attn_implementation != "sdpa" or network.training:
         return False
     if any(parameter.dtype is not torch.float32 for parameter in network.parameters()):
+        return False
+    norms = [network.model.norm, *(part for layer in network.model.layers for part in parts(layer)[:4])]
+    if not all(hasattr(norm, "variance_epsilon") for norm in norms if norm is not None):
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
