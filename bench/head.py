@@ -24,12 +24,6 @@ from upslope.language import models
 POSITIONS, WIDTH = 2304, 128
 
 
-def resident() -> int:
-    """The peak of this process' resident memory, kB (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM")))
-
-
 def head(kind: str, vocabulary: int) -> None:
     """One log-probability head forward and backward in this process; its time, and the memory that it took."""
     torch.manual_seed(0)
@@ -37,7 +31,7 @@ def head(kind: str, vocabulary: int) -> None:
     weight = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
     target = torch.randint(vocabulary, (POSITIONS,))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident()
+    before = most_resident()
 
     def once() -> None:
         hidden.grad = weight.grad = None
@@ -48,8 +42,8 @@ def head(kind: str, vocabulary: int) -> None:
         logp.mean().backward()
 
     once()
-    peak = resident() - before
-    sys.stdout.write(json.dumps([seconds(once, 2), peak / 1024, most_resident()]) + "\n")
+    peak = most_resident() - before
+    sys.stdout.write(json.dumps([seconds(once, 2), peak, before + peak]) + "\n")
 
 
 def heads(repeats: int) -> None:

@@ -14,7 +14,6 @@ weights and batch are compared with ours before anything is timed.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,11 +30,12 @@ from safetensors.torch import load_file, save_file
 
 from upslope.language import batching, dpo, generation, grpo, learner, models, reward_model, rollout, sft, tiny
 from upslope.language.models import Model, Scorer
+from upslope.runs import allocator
 
 ROWS, LENGTH, PROMPT, STEPS = 32, 64, 16, 6
 
 PEER = """
-import json, os, resource, sys, time
+import json, os, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 real, sys.stdout = sys.stdout, sys.stderr
 import torch
@@ -138,7 +138,7 @@ def timed(name):
 
 def memory(name):
     timed(name)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(next(row.split()[1] for row in open("/proc/self/status") if row.startswith("VmHWM"))) / 1024
 
 print(json.dumps(trl.__version__), file=real, flush=True)
 for line in sys.stdin:
@@ -334,8 +334,9 @@ def training(ours: Ours, peer: Peer | None, fresh: Callable[[], Peer], repeats: 
 
 
 def most_resident() -> float:
-    """The peak of this process, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The peak of this process, MB (Linux). `getrusage` has that of the process that started it, where it is more."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))) / 1024
 
 
 def sampling(ours: Ours, repeats: int) -> None:
@@ -370,9 +371,11 @@ def main() -> None:
     parser.add_argument("--peer", default=None, help="python that has trl")
     parser.add_argument("--repeats", type=int, default=5, help="alternated")
     parser.add_argument("--losses", action="store_true", help="compare losses, time nothing")
+    parser.add_argument("--sampling", action="store_true", help="time sampling alone")
     parser.add_argument("--step", nargs=2, default=None, metavar=("NAME", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    allocator.keep_freed_memory()  # as every run does
     if options.step:
         step = Ours(Path(options.step[1]), examples()).step(options.step[0])
         seconds(step)
@@ -394,7 +397,8 @@ def main() -> None:
             differences(ours, peer)
         if options.losses:
             return
-        training(ours, peer, fresh, options.repeats)
+        if not options.sampling:
+            training(ours, peer, fresh, options.repeats)
         sampling(ours, options.repeats)
 
 
