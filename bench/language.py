@@ -3,8 +3,9 @@
     taskset -c 0 python -m bench.language [--peer PYTHON] [--repeats 5]
 
 The model is a Llama of hidden 128, 4 layers, vocabulary 512, in float32. L3 is a training step of SFT, DPO and a reward
-model on 32 sequences × 64 tokens, data and optimiser included; L4 samples 64 × 32 tokens beside `generate`; L5 is the
-log-probability head, 2,304 positions, beside plain logits, with the peak of the process' memory. TRL runs in its own
+model on 32 sequences × 64 tokens, data and optimiser included, and the peak of a process that does nothing else; L4
+samples 64 × 32 tokens beside `generate`. The head alone (L5) is bench.head, GRPO's iterations (L1, L2) are bench.grpo.
+Times are the processes' own (CPU) times, which other programs on the core do not lengthen. TRL runs in its own
 interpreter (`pip install trl`), which trains when told to; repeats alternate, a claim is the median of the pairs'
 ratios with the smallest and the largest, and the first pair warms up. Loss and gradient of TRL's trainers on the same
 weights and batch are compared with ours before anything is timed.
@@ -29,9 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from upslope.language import batching, dpo, generation, grpo, learner, models, reward_model, rollout, sft, tiny
 from upslope.language.models import Model, Scorer
+from upslope.runs import allocator
 
 ROWS, LENGTH, PROMPT, STEPS = 32, 64, 16, 6
-POSITIONS, WIDTH = 2304, 128
 
 PEER = """
 import json, os, sys, time
@@ -54,7 +55,7 @@ class Marks(TrainerCallback):
     def __init__(self):
         self.times = []
     def on_step_end(self, *args, **kwargs):
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
 def trainer(name, marks):
     size = rows if name == "sft" else half
@@ -135,18 +136,23 @@ def timed(name):
     trainer(name, marks).train()
     return (marks.times[-1] - marks.times[0]) / (len(marks.times) - 1)
 
+def memory(name):
+    timed(name)
+    return int(next(row.split()[1] for row in open("/proc/self/status") if row.startswith("VmHWM"))) / 1024
+
 print(json.dumps(trl.__version__), file=real, flush=True)
 for line in sys.stdin:
     name, what = line.split()
-    print(json.dumps({"compare": compare, "group": group, "time": timed}[what](name)), file=real, flush=True)
+    done = {"compare": compare, "group": group, "time": timed, "memory": memory}[what](name)
+    print(json.dumps(done), file=real, flush=True)
 """
 
 
 class Peer:
     """TRL in its own interpreter."""
 
-    def __init__(self, python: str, where: Path, texts: list[str]) -> None:
-        command = [python, "-W", "ignore", "-c", PEER, where, ROWS, PROMPT, STEPS, json.dumps(texts)]
+    def __init__(self, python: str, script: str, *arguments: object) -> None:
+        command = [python, "-W", "ignore", "-c", script, *arguments]
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -159,11 +165,11 @@ class Peer:
             raise SystemExit("the peer's interpreter ended early")
         return json.loads(line)
 
-    def ask(self, name: str, what: str) -> float:
+    def ask(self, *words: object) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{name} {what}\n")
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
-        return float(self.read())
+        return self.read()
 
 
 class Ours:
@@ -238,10 +244,10 @@ def void(_: Any) -> None:
 
 
 def seconds(function: Callable[[], Any], times: int = STEPS) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(times):
         function()
-    return (time.perf_counter() - began) / times
+    return (time.process_time() - began) / times
 
 
 def differences(ours: Ours, peer: Peer) -> None:
@@ -312,8 +318,8 @@ def line(name: str, mine: list[float], theirs: list[float], whom: str) -> None:
     )
 
 
-def training(ours: Ours, peer: Peer | None, repeats: int) -> None:
-    """L3."""
+def training(ours: Ours, peer: Peer | None, fresh: Callable[[], Peer], repeats: int) -> None:
+    """L3; the memory is that of a process of its own, what it imports included."""
     for name in ("sft", "dpo", "rm"):
         mine, theirs, step = [], [], ours.step(name)
         for _ in range(repeats + 1):
@@ -321,6 +327,16 @@ def training(ours: Ours, peer: Peer | None, repeats: int) -> None:
             if peer:
                 theirs.append(peer.ask(name, "time"))
         line(f"L3 {name}", mine[1:], theirs[1:], "TRL")
+        command = [sys.executable, "-m", "bench.language", "--step", name, str(ours.where)]
+        sys.stdout.write(f"  peak RSS {float(subprocess.check_output(command, text=True)):,.0f} MB")
+        sys.stdout.write(f", TRL {fresh().ask(name, 'memory'):,.0f} MB\n" if peer else "\n")
+        sys.stdout.flush()
+
+
+def most_resident() -> float:
+    """The peak of this process, MB (Linux). `getrusage` has that of the process that started it, where it is more."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))) / 1024
 
 
 def sampling(ours: Ours, repeats: int) -> None:
@@ -342,46 +358,12 @@ def sampling(ours: Ours, repeats: int) -> None:
     line("L4", [a for a, _ in pairs], [b for _, b in pairs], "generate")
 
 
-def resident() -> int:
-    """The peak of this process' resident memory, kB (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM")))
-
-
-def head(kind: str, vocabulary: int) -> None:
-    """One log-probability head forward and backward in this process; its time, and the memory that it took."""
-    torch.manual_seed(0)
-    hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
-    weight = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
-    target = torch.randint(vocabulary, (POSITIONS,))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident()
-
-    def once() -> None:
-        hidden.grad = weight.grad = None
-        if kind == "plain":
-            logp = (hidden @ weight.T).log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        else:
-            logp = models._HeadLogProb.apply(hidden, weight, None, target, 1.0, 128)
-        logp.mean().backward()
-
-    once()
-    peak = resident() - before
-    sys.stdout.write(json.dumps([seconds(once, 2), peak / 1024]) + "\n")
-
-
-def heads(repeats: int) -> None:
-    """L5, each in a process of its own."""
-    for vocabulary in (512, 32_000, 151_936):
-        found: dict[str, list[list[float]]] = {"plain": [], "chunks": []}
-        for _ in range(repeats if vocabulary < 100_000 else 1):
-            for kind, rows in found.items():
-                command = [sys.executable, "-m", "bench.language", "--head", kind, str(vocabulary)]
-                rows.append(json.loads(subprocess.check_output(command, text=True)))
-        times = {kind: [row[0] for row in rows] for kind, rows in found.items()}
-        memory = {kind: median(row[1] for row in rows) for kind, rows in found.items()}
-        line(f"L5 at {vocabulary:,}", times["chunks"], times["plain"], "plain logits")
-        sys.stdout.write(f"  memory {memory['chunks']:,.0f} MB, plain logits {memory['plain']:,.0f} MB\n")
+def examples() -> list[str]:
+    """Random letters, as many as a sequence has tokens without its end."""
+    generator = torch.Generator().manual_seed(0)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    draws = torch.randint(len(letters), (ROWS, LENGTH - 1), generator=generator).tolist()
+    return ["".join(letters[i] for i in row) for row in draws]
 
 
 def main() -> None:
@@ -389,30 +371,35 @@ def main() -> None:
     parser.add_argument("--peer", default=None, help="python that has trl")
     parser.add_argument("--repeats", type=int, default=5, help="alternated")
     parser.add_argument("--losses", action="store_true", help="compare losses, time nothing")
-    parser.add_argument("--head", nargs=2, default=None, metavar=("KIND", "VOCABULARY"), help=argparse.SUPPRESS)
+    parser.add_argument("--sampling", action="store_true", help="time sampling alone")
+    parser.add_argument("--step", nargs=2, default=None, metavar=("NAME", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.head:
-        head(options.head[0], int(options.head[1]))
+    allocator.keep_freed_memory()  # as every run does
+    if options.step:
+        step = Ours(Path(options.step[1]), examples()).step(options.step[0])
+        seconds(step)
+        sys.stdout.write(f"{most_resident()}\n")
         return
-    generator = torch.Generator().manual_seed(0)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    draws = torch.randint(len(letters), (ROWS, LENGTH - 1), generator=generator).tolist()
-    texts = ["".join(letters[i] for i in row) for row in draws]
+    texts = examples()
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory) / "model"
         tiny.model(0, 512).save_pretrained(where)
         tiny.tokenizer().save_pretrained(where)
         ours, peer = Ours(where, texts), None
+
+        def fresh() -> Peer:
+            return Peer(options.peer, PEER, where, ROWS, PROMPT, STEPS, json.dumps(texts))
+
         if options.peer:
-            peer = Peer(options.peer, where, texts)
+            peer = fresh()
             sys.stdout.write(f"TRL {peer.version}\n")
             differences(ours, peer)
         if options.losses:
             return
-        training(ours, peer, options.repeats)
+        if not options.sampling:
+            training(ours, peer, fresh, options.repeats)
         sampling(ours, options.repeats)
-        heads(options.repeats)
 
 
 if __name__ == "__main__":

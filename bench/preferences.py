@@ -3,8 +3,9 @@
     python -m bench.preferences [--seeds 1 2 3 4 5] [--out docs/pictures/preferences.png]
 
 For each seed: a reward model ranks held-out pairs as often right as the Bayes rule, which knows the reward; DPO's
-implicit reward, β log π/π_ref, is correlated with the true one over held-out completions. For the first seed the
-reward–KL frontier: DPO at several β beside the best that any policy can do, the words tilted by exp(r/β).
+implicit reward, β log π/π_ref, is correlated with the true one over held-out completions, β 0.3, one setting for all
+seeds. For the first seed the reward–KL frontier: DPO at several β beside the best that any policy can do, the words
+tilted by exp(r/β).
 """
 
 import argparse
@@ -21,11 +22,13 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from upslope.language import batching, dpo, generation, models, prompts, reward_model, sft, tiny
+from upslope.language.learner import AdamW
 from upslope.language.models import Model
 from upslope.runs import run as runs
 
 TASK = "task:preferences"
-BETAS = (0.1, 0.3, 0.5, 1.0, 2.0)
+BETA, BETAS = 0.3, (0.1, 0.3, 0.5, 1.0, 2.0)
+STEPS, ROWS = 600, 20_000  # of DPO: about one epoch
 PAIRS = 2_000  # held out
 SAMPLES = 4_096  # completions a policy
 
@@ -67,7 +70,9 @@ def reference(seed: int, where: Path, quiet: runs.Config) -> str:
 
 def preferred(path: str, beta: float, quiet: runs.Config) -> tuple[Model, Model]:
     """DPO's policy, and the one it started from."""
-    config = dpo.DPO(models.Config(path), beta=beta, run=quiet)
+    config = dpo.DPO(
+        models.Config(path), prompts.Config(TASK, ROWS), AdamW(3e-4, warmup=20, anneal=True), quiet, STEPS, beta=beta
+    )
     return dpo.train(config), models.load(config.model, quiet.seed)
 
 
@@ -135,9 +140,9 @@ def main() -> None:
             row: dict[str, Any] = {"seed": seed, **ranking(seed, quiet)}
             path = reference(seed, Path(directory), quiet)
             points = []
-            for beta in BETAS if place == 0 else (0.1,):
+            for beta in BETAS if place == 0 else (BETA,):
                 policy, before = preferred(path, beta, quiet)
-                if beta == 0.1:
+                if beta == BETA:
                     row["implicit"] = implicit(policy, before, seed, beta)
                 points.append((beta, *sampled(policy, before, seed)))
             row["dpo"] = [{"beta": b, "reward": r, "kl": k} for b, r, k in points]

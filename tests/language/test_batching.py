@@ -52,3 +52,16 @@ def test_buckets_hold_everything_once_and_are_small() -> None:
     assert sorted(i for group in groups for i in group) == list(range(100))
     assert all(len(group) * max(lengths[i] for i in group) <= 80 for group in groups)
     assert batching.buckets([100], tokens=80) == [[0]]
+
+
+def test_a_bucket_ends_where_its_padding_costs_more_than_another_pass() -> None:
+    """Two of 40 and many of 10: apart, as 30 tokens of padding each would soon be more than PASS; few stay together."""
+    assert batching.buckets([40, 40, *[10] * 20], tokens=10**6) == [[0, 1, 2, 3], list(range(4, 22))]
+    assert batching.buckets([40, 40, 10, 10], tokens=10**6) == [[0, 1, 2, 3]]
+    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    groups = batching.buckets(lengths, tokens=10**6)
+    for group, after in zip(groups, [*groups[1:], None], strict=True):
+        padding = sum(lengths[group[0]] - lengths[i] for i in group)
+        assert padding <= batching.PASS
+        if after:
+            assert padding + lengths[group[0]] - lengths[after[0]] > batching.PASS

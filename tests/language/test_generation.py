@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.language import nets
-from upslope.language import batching, decoding, generation, models, rollout, tiny
+from upslope.language import batching, decoding, generation, llama, models, rollout, tiny
 from upslope.language.generation import Sampling
 from upslope.language.models import Model
 
@@ -43,9 +43,12 @@ def test_greedy_tokens_are_generates(name: str) -> None:
     ("name", "fast"),
     [("llama", True), ("qwen2", True), ("qwen3", True), ("llama-tied", True), ("gpt2", False), ("gemma2", False)],
 )
-def test_the_decoder_takes_what_it_knows(name: str, fast: bool) -> None:
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_decoder_takes_what_it_knows(name: str, fast: bool, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives the logits of the network's own forward at every step: rows of unlike lengths, some of them gone."""
     model = nets.model(name)
+    if not copied:  # as of a large network
+        monkeypatch.setattr(llama, "COPIED", 0)
     rows = batching.pad(PROMPTS, [[]] * 4, 0, left=True)
     assert decoding.like_llama(model.network) == fast
     with torch.no_grad():
@@ -107,6 +110,21 @@ def test_the_trainer_sees_the_samplers_log_probabilities(name: str) -> None:
     done = generation.generate(model, PROMPTS, 4, Sampling(12, temperature=1.3), seeded())
     assert generation.mismatch(model, PROMPTS, done, 1.3) < 1e-4
     assert generation.mismatch(model, PROMPTS, done, 1.0) > 1e-2  # it is a meter: another policy shows
+
+
+def test_what_is_no_token_is_padding() -> None:
+    """Also in rows that have ended but not yet left: one of 48 does not pay for copying the others."""
+    model = nets.model()
+    how = Sampling(12, temperature=3.0)
+    long = generation.generate(model._replace(eos=-1), PROMPTS, 12, how, seeded())
+    eos = int(long.ids.flatten().mode().values)
+    done = generation.generate(model._replace(eos=eos, pad=127), PROMPTS, 12, how, seeded())
+    lengths = done.response.sum(1).tolist()
+    assert len(set(lengths)) > 3
+    assert [row.index(eos) + 1 if eos in row else 12 for row in long.ids.tolist()] == lengths
+    assert bool((done.ids[~done.response] == 127).all())
+    assert bool((done.logp_behavior[~done.response] == 0).all())
+    assert bool((done.ids == long.ids)[done.response].all())
 
 
 def test_every_completion_comes_as_often_as_it_should() -> None:

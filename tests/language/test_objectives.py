@@ -353,6 +353,38 @@ def test_the_gradient_does_not_depend_on_the_split(variant: str) -> None:
         torch.testing.assert_close(other_gradient, gradients[0], rtol=1e-9, atol=1e-10)
 
 
+def test_the_first_pass_is_the_old_policy() -> None:
+    """Three passes of one step: the first leaves log π_old for the others; without it no ratio would be clipped."""
+    model = nets.tabular(0)
+    start = {name: value.clone() for name, value in model.network.state_dict().items()}
+    config = GRPO(
+        group_size=4, batch_size=3, micro_batch_tokens=24, num_epochs=3, clip_low=0.01, clip_high=0.01,
+        sampling=Sampling(nets.LENGTH), optimizer=AdamW(0.02),
+    )  # fmt: skip
+    rows = [{"prompt": "x", "answer": "y"}] * 3
+    origin = rollout.Source(
+        model, rows, PROMPTS[:3], lambda completion_ids, **_: [float(sum(c)) for c in completion_ids]
+    )
+    data = rollout.collect(origin, config, 0, 3)
+    given = grpo.estimate(data, origin, None, config)
+    assert given.logp_old is None
+
+    def after(config: GRPO, given: grpo.Estimates, times: int = 1) -> Tensor:
+        model.network.load_state_dict(start)
+        state = learner.State(
+            model.network, config.optimizer.build(models.trainable(model.network).values()), 0, {}
+        )  # fmt: skip
+        for _ in range(times):
+            grpo.update(state, origin, data, given, config)
+        return torch.cat([p.detach().flatten().clone() for p in model.network.parameters()])
+
+    known = given._replace(logp_old=rollout.log_probs(model.network, data, model, config))
+    found = after(config, given)
+    torch.testing.assert_close(found, after(config, known), rtol=0, atol=1e-6)
+    forgetful = after(dataclasses.replace(config, num_epochs=1), given, times=3)
+    assert float((found - forgetful).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("baseline", "factor"), [("none", 1.0), ("moving-average", 1.0), ("leave-one-out", 1.0), ("group-mean", 0.5)]
 )

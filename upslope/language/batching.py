@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+PASS = 64  # tokens whose way through a network takes as long as what every pass takes, however few there are
+
 
 class Sequences(NamedTuple):
     """Prompts with their completions. What is padding the masks say, never a token id: pad may be eos."""
@@ -19,6 +21,10 @@ class Sequences(NamedTuple):
 
     def to(self, device: torch.device) -> "Sequences":
         return Sequences(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+    def without_last(self) -> "Sequences":
+        """All but the last column."""
+        return Sequences(*(None if part is None else part[:, :-1] for part in self))  # type: ignore[arg-type]
 
 
 def pad(
@@ -80,12 +86,17 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]],
 def buckets(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Indices in groups of like length, each of at most `tokens` tokens once padded; every group has one at least.
 
+    A group ends where its padding would cost more than another pass through the network.
+
     >>> buckets([3, 9, 4, 8], tokens=18)
     [[1, 3], [2, 0]]
     """
     groups: list[list[int]] = []
+    padding = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens:
+        padding += lengths[groups[-1][0]] - lengths[i] if groups else 0
+        if not groups or padding > PASS or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > tokens:
             groups.append([])
+            padding = 0
         groups[-1].append(i)
     return groups

@@ -1,10 +1,12 @@
 """One more token a row: keys and values that are kept, and the network that reads them.
 
-`Decoder` computes what Transformers' forward of a Llama-like network does, in fewer operations: Llama, Mistral, Qwen2
-and Qwen3 without sliding windows, their linear layers plain. Any other network is `Forward`ed as it is.
+`Decoder` computes what Transformers' forward of a Llama-like network (llama.py) does, in fewer operations. Any other
+network is `Forward`ed as it is.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,35 +14,32 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from upslope.language import llama
 from upslope.language.batching import Sequences
 from upslope.language.models import plain
 
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-ROPES = ("default", "linear", "llama3", "yarn")  # rotary embeddings that depend on nothing but the position
+Function = Callable[[Tensor], Tensor]
 
 
 class Layer(NamedTuple):
-    """The parts of one layer of a Llama-like network."""
+    """The parts of one layer of a Llama-like network, as functions of the rows that go through it."""
 
-    before: nn.Module
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    o: nn.Linear
-    after: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    before: Function
+    inward: Function  # heads of queries, of keys, of values
+    q_norm: Function | None
+    k_norm: Function | None
+    o: Function
+    after: Function
+    gate_up: Function
+    down: Function
 
     @classmethod
-    def of(cls, layer: Any) -> Self:
-        attention, mlp = layer.self_attn, layer.mlp
-        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    def of(cls, layer: Any, copied: bool) -> Self:
+        before, after, q_norm, k_norm, q, k, v, o, gate, up, down = llama.parts(layer)
+        q_norm, k_norm = (None if norm is None else _normaliser(norm) for norm in (q_norm, k_norm))
         return cls(
-            layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, q_norm, k_norm,
-            attention.o_proj, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+            _normaliser(before), _product(copied, q, k, v), q_norm, k_norm, _product(copied, o),
+            _normaliser(after), _product(copied, gate, up), _product(copied, down),
         )  # fmt: skip
 
 
@@ -88,60 +87,60 @@ class Forward:
 class Decoder:
     """N rows through a Llama-like network; as `Forward`, which reads the prompts.
 
-    Keys and values lie in [N · heads, length, D] blocks; queries that share a head go together.
+    Keys and values lie in one [layers, 2, N, heads, length, D] block; queries that share a head go together. Matrices
+    that read the same rows are one, in the layout that is fastest for few rows, where a copy of them is small.
     """
 
     def __init__(self, network: Any, rows: Sequences, group: int, most: int) -> None:
-        read = Forward(network, rows, group, most)
-        self.logits, self.attention, self.filled = read.logits, read.attention, read.filled
-        self.model, self.head = network.model, network.get_output_embeddings()
-        self.layers = [Layer.of(layer) for layer in self.model.layers]
-        self.heads, self.width = read.cache.layers[0].keys.shape[1], read.cache.layers[0].keys.shape[3]
-        position = torch.arange(self.filled + most, device=self.logits.device)
-        cos, sin = self.model.rotary_emb(read.cache.layers[0].keys, position.unsqueeze(0))
-        sin[..., : self.width // 2] *= -1
-        self.turns = torch.stack([cos[0], sin[0]]).unsqueeze(2)  # [2, position, 1, D]
-        self.scaled = self.turns * self.width**-0.5  # of queries
-        self.blocks = [
-            tuple(functional.pad(part, (0, 0, 0, most)).flatten(0, 1) for part in (layer.keys, layer.values))
-            for layer in read.cache.layers
-        ]
+        read = Forward(network, rows, 1, 0)
+        self.logits, self.filled, self.model = read.logits.repeat_interleave(group, 0), read.filled, network.model
+        copied = llama.small(network)
+        self.layers = [Layer.of(layer, copied) for layer in self.model.layers]
+        self.norm, self.head = _normaliser(self.model.norm), _product(copied, network.get_output_embeddings())
+        count, self.heads, _, self.width = read.cache.layers[0].keys.shape
+        attention = rows.attention.repeat_interleave(group, 0)
+        further = attention.new_ones(len(attention), most)
+        self.attention = None if read.attention is None else torch.cat([attention, further], 1)
+        self.turns = llama.turns(self.model, self.filled + most, read.cache.layers[0].keys)
+        self.none = self.turns.new_zeros(1, 1, 1)
+        block = self.turns.new_empty(len(self.layers), 2, count, group, self.heads, self.filled + most, self.width)
+        for own, layer in zip(block, read.cache.layers, strict=True):
+            own[0, ..., : self.filled, :], own[1, ..., : self.filled, :] = layer.keys[:, None], layer.values[:, None]
+        self.block = block.flatten(2, 3)
 
     def select(self, keep: Int64[Tensor, " n"]) -> None:
         """Go on with these rows only."""
-        places = (keep.unsqueeze(1) * self.heads + torch.arange(self.heads, device=keep.device)).flatten()
-        self.blocks = [(keys[places], values[places]) for keys, values in self.blocks]
+        self.block = self.block.index_select(2, keep)
         self.attention = None if self.attention is None else self.attention[keep]
 
     def step(self, token: Int64[Tensor, " N"], position: Int64[Tensor, " N"]) -> Float[Tensor, "N V"]:
         """Logits of the token after this one."""
         x = self.model.embed_tokens(token)
-        turn, scaled = self.turns[:, position], self.scaled[:, position]
+        turn, h = self.turns.index_select(1, position), self.heads
         self.filled += 1
         hidden = None if self.attention is None else ~self.attention[:, None, None, : self.filled]
-        for layer, (keys, values) in zip(self.layers, self.blocks, strict=True):
-            y = _normalise(layer.before, x)
-            q, k, v = (_linear(part, y).view(len(x), -1, self.width) for part in (layer.q, layer.k, layer.v))
-            if layer.q_norm is not None:
-                q, k = _normalise(layer.q_norm, q), _normalise(layer.k_norm, k)
-            keys[:, self.filled - 1] = self._rotate(k, turn).flatten(0, 1)
-            values[:, self.filled - 1] = v.flatten(0, 1)
-            x = x + _linear(layer.o, self._attend(self._rotate(q, scaled), keys, values, hidden))
-            y = _normalise(layer.after, x)
-            x = x + _linear(layer.down, functional.silu(_linear(layer.gate, y)).mul_(_linear(layer.up, y)))
-        return self.head(_normalise(self.model.norm, x))
-
-    def _rotate(self, x: Float[Tensor, "N h D"], turn: Float[Tensor, "2 N 1 D"]) -> Float[Tensor, "N h D"]:
-        """x cos + (-x₂, x₁) sin; the minus is in the first half of the sine."""
-        return torch.addcmul(x * turn[0], x.roll(self.width // 2, -1), turn[1])
+        for layer, block in zip(self.layers, self.block, strict=True):
+            y = layer.inward(layer.before(x)).view(len(x), -1, self.width)
+            q, k, turned = y[:, : -2 * h], y[:, -2 * h : -h], y[:, :-h]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q.copy_(layer.q_norm(q))
+                k.copy_(layer.k_norm(k))
+            rolled = turned.roll(self.width // 2, -1)
+            turned.mul_(turn[0]).addcmul_(rolled, turn[1])
+            block[:, :, :, self.filled - 1] = y[:, -2 * h :].view(len(x), 2, h, self.width).transpose(0, 1)
+            x = x + layer.o(self._attend(q, block.flatten(1, 2)[:, :, : self.filled], hidden))
+            gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
+            x = x + layer.down(functional.silu(gate).mul_(up))
+        return self.head(self.norm(x))
 
     def _attend(
-        self, q: Float[Tensor, "N H D"], keys: Tensor, values: Tensor, hidden: Bool[Tensor, "N 1 1 L"] | None
+        self, q: Float[Tensor, "N H D"], block: Float[Tensor, "2 Nh L D"], hidden: Bool[Tensor, "N 1 1 L"] | None
     ) -> Float[Tensor, "N HD"]:
-        score = torch.bmm(q.view(len(keys), -1, self.width), keys[:, : self.filled].transpose(1, 2))
+        queries, scale = q.reshape(block.shape[1], -1, self.width), self.width**-0.5
+        score = torch.baddbmm(self.none, queries, block[0].transpose(1, 2), beta=0, alpha=scale)
         if hidden is not None:
             score.view(len(q), self.heads, -1, self.filled).masked_fill_(hidden, float("-inf"))
-        return torch.bmm(score.softmax(-1), values[:, : self.filled]).view(len(q), -1)
+        return torch.bmm(score.softmax(-1), block[1]).view(len(q), -1)
 
 
 def start(network: Any, rows: Sequences, group: int, most: int) -> Forward | Decoder:
@@ -156,29 +155,32 @@ def stateful(network: Any) -> bool:
 
 def like_llama(network: Any) -> bool:
     """Whether `Decoder` computes what this network does."""
-    config: Any = getattr(network, "config", None)
-    if plain(network) is not network or getattr(config, "model_type", None) not in LIKE_LLAMA:
-        return False
-    windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if windows or (config.model_type == "mistral" and config.sliding_window) or config.hidden_act != "silu":
-        return False
-    if network.model.rotary_emb.rope_type not in ROPES:
-        return False
-    parts = [part for layer in network.model.layers for part in Layer.of(layer)]
-    return all(type(part) is nn.Linear or "Norm" in type(part).__name__ for part in parts if part is not None)
+    return plain(network) is network and llama.alike(network)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return functional.linear(x, layer.weight, layer.bias)
+def _product(copied: bool, *layers: nn.Linear) -> Function:
+    """x ↦ x Wᵀ + b of all these layers, side by side."""
+    if not copied:
+        each = [partial(functional.linear, weight=layer.weight, bias=layer.bias) for layer in layers]
+        return each[0] if len(each) == 1 else lambda x: torch.cat([linear(x) for linear in each], -1)
+    weight = torch.cat([layer.weight for layer in layers]).T.contiguous()
+    if layers[0].bias is None:
+        return partial(torch.mm, mat2=weight)
+    bias = torch.cat([layer.bias for layer in layers])
+    return lambda x: torch.addmm(bias, x, weight)
 
 
-def _normalise(norm: Any, x: Tensor) -> Tensor:
-    """x/√(mean x² + ε) w; in other types than float32 Transformers' rounds on its way."""
-    if x.dtype is not torch.float32 or not hasattr(norm, "variance_epsilon"):
-        return norm(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    small = x.new_tensor(norm.variance_epsilon)
-    return (x * torch.addcmul(small, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
+def _normaliser(norm: Any) -> Function:
+    """x ↦ x/√(mean x² + ε) w; in other types than float32 Transformers' rounds on its way."""
+    if norm.weight.dtype is not torch.float32 or not hasattr(norm, "variance_epsilon"):
+        return norm
+    small, share = norm.weight.new_tensor(norm.variance_epsilon), 1 / len(norm.weight)
+
+    def normalise(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(small, length, length, value=share).rsqrt_()).mul_(norm.weight)
+
+    return normalise
 
 
 def _cache(network: Any, length: int) -> Any:

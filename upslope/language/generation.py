@@ -3,19 +3,20 @@
 A prompt is read once for all completions of its group; keys and values lie in one preallocated block; finished rows
 leave the batch. Each row has uniform numbers of its own, so what it samples does not depend on which others are alive.
 `logp_behavior` is log π of the tempered distribution that was sampled from, before top-k, top-p or min-p cut it.
+A server may sample instead (server.py): it gives the same tokens, and the log-probabilities that it says.
 """
 
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from upslope.language import decoding
+from upslope.language import decoding, server
 from upslope.language.batching import pad
 from upslope.language.models import Model, log_probs
 from upslope.runs import settings
@@ -32,6 +33,7 @@ class Sampling:
     top_k: int = 0  # only the k likeliest; 0: all
     top_p: float = 1.0  # only the likeliest that together have this probability
     min_p: float = 0.0  # only those with this share of the likeliest one's probability
+    engine: server.Engine = field(default_factory=server.Engine)  # a server that samples instead of the model
 
     def __post_init__(self) -> None:
         settings.within(self, 1, None, "max_new_tokens")
@@ -66,9 +68,11 @@ def generate(
         model: in evaluation mode.
         prompts: tokens of each.
         group: completions a prompt.
-        sampling: how a token is drawn.
+        sampling: how a token is drawn, and whether by a server.
         generator: of the uniform numbers, one a row and step, all drawn at once.
     """
+    if sampling.engine.url is not None:
+        return _by_engine(model, prompts, group, sampling, generator)
     with torch.inference_mode():  # a tenth faster than without gradients
         by = _by_transformers if decoding.stateful(model.network) else _by_token
         done = by(model, prompts, group, sampling, generator)
@@ -80,17 +84,17 @@ def _by_token(
 ) -> Completions:
     device, count, most = model.device, len(prompts) * group, sampling.max_new_tokens
     rows = pad(prompts, [[]] * len(prompts), model.pad, left=True).to(device)
-    uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device)
-    ids = torch.full((count, most), model.pad, device=device)
-    logp, taken = torch.zeros(count, most, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+    uniform = torch.rand(count, most, generator=generator, dtype=torch.float64).to(device).T.contiguous()
+    ids, logp = torch.zeros(most, count, dtype=torch.int64, device=device), torch.zeros(most, count, device=device)
+    response = torch.zeros(most, count, dtype=torch.bool, device=device)
     place, open_ = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     position = rows.positions[:, -1].repeat_interleave(group)
     reader = decoding.start(model.network, rows, group, most)
-    logits = reader.logits
+    logits, still = reader.logits, uniform  # uniform numbers of the rows that are still there
     for t in range(most):
-        token, chosen = draw(logits, uniform[place, t], sampling)
-        ids[place, t], logp[place, t] = token.where(open_, model.pad), chosen.to(logp.dtype) * open_
-        taken[place] += open_
+        token, chosen = draw(logits, still[t], sampling)
+        for whole, part in ((ids, token), (logp, chosen.to(logp.dtype)), (response, open_)):
+            whole[t].index_copy_(0, place, part)
         open_ = open_ & (token != model.eos)
         going = int(open_.sum())
         if going == 0 or t + 1 == most:
@@ -98,13 +102,14 @@ def _by_token(
         if going <= LEAVE * len(place):
             keep = open_.nonzero().squeeze(1)
             place, token, position, open_ = place[keep], token[keep], position[keep], open_[keep]
+            still = uniform[:, place]
             reader.select(keep)
         position = position + 1
         logits = reader.step(token, position)
-    response = torch.arange(most, device=device) < taken.unsqueeze(1)
-    last = ids.gather(1, (taken - 1).unsqueeze(1)).squeeze(1)
-    width = int(taken.max())
-    return Completions(ids[:, :width], response[:, :width], last == model.eos, logp[:, :width])
+    response = response[: t + 1].T.contiguous()
+    ids = ids[: t + 1].T.masked_fill(~response, model.pad)
+    last = ids.gather(1, response.sum(1, keepdim=True) - 1).squeeze(1)
+    return Completions(ids, response, last == model.eos, logp[: t + 1].T.masked_fill(~response, 0.0))
 
 
 def _by_transformers(
@@ -134,7 +139,20 @@ def _by_transformers(
         for place, row, each in zip(places, chosen.tolist(), logp.tolist(), strict=True):
             end = row.index(model.eos) + 1 if model.eos in row else len(row)
             found[place] = row[:end], each[:end]
-    tokens, logps = zip(*(found[place] for place in range(len(found))), strict=True)
+    return _padded(model, [found[place] for place in range(len(found))])
+
+
+def _by_engine(
+    model: Model, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, generator: torch.Generator
+) -> Completions:
+    how = {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "min_p")}
+    how["top_k"] = sampling.top_k or -1
+    return _padded(model, server.sample(sampling.engine, model, prompts, group, how, generator))
+
+
+def _padded(model: Model, found: Sequence[server.Sampled]) -> Completions:
+    """Rows of tokens and their log-probabilities as rectangles."""
+    tokens, logps = zip(*found, strict=True)
     made = pad([[]] * len(tokens), tokens, model.pad)
     flat = torch.tensor(list(itertools.chain(*logps)))
     logp_behavior = torch.zeros(made.ids.shape).masked_scatter(made.response, flat)
@@ -155,7 +173,7 @@ def draw(
     if sampling.temperature == 0:
         token = wide.argmax(-1)
         return token, wide.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    logp = (wide / sampling.temperature).log_softmax(-1)
+    logp = (wide if sampling.temperature == 1 else wide / sampling.temperature).log_softmax(-1)
     kept = filtered(logp, sampling) if sampling.filters else logp
     cumulative = kept.exp().cumsum(-1, dtype=torch.float64)
     share = uniform.unsqueeze(-1) * cumulative[:, -1:]

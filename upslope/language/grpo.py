@@ -99,7 +99,7 @@ class Estimates(NamedTuple):
 
     psi: Float[Tensor, "N T"]
     counted: Bool[Tensor, "N T"]  # tokens that are learned from
-    logp_old: Float[Tensor, "N T"] | None  # None: one gradient step, π_old is π_θ as it is
+    logp_old: Float[Tensor, "N T"] | None  # None: the gradient step comes first, π_old is π_θ as it is
     logp_ref: Float[Tensor, "N T"] | None
 
 
@@ -150,12 +150,12 @@ def overlong(lengths: Tensor, limit: int, buffer: int) -> Float[Tensor, " N"]:
 
 
 def estimate(data: Rollout, origin: Source, reference: Any, config: GRPO) -> Estimates:
-    """Ψ of every token, log π_old where there will be several gradient steps, log π_ref where there is a KL."""
+    """Ψ of every token, log π_old where a pass has several gradient steps, log π_ref where there is a KL."""
     model, logp_ref, logp_old = origin.model, None, None
     if config.kl_coef:
         with models.frozen(reference, model.network) as network:
             logp_ref = rollout.log_probs(network, data, model, config)
-    if config.num_epochs * config.minibatches > 1:
+    if config.minibatches > 1:  # with one, the first pass meets every token before the policy moves
         logp_old = rollout.log_probs(model.network, data, model, config)
     reward, lengths = data.reward, torch.tensor(data.lengths)
     if config.overlong_buffer:
@@ -195,6 +195,7 @@ def update(state: State, origin: Source, data: Rollout, given: Estimates, config
     """Gradient steps over the groups, in a new order each pass; the numbers of the last."""
     model, size = origin.model, config.group_size
     groups, numbers, mismatch = len(data.completions) // size, {}, None
+    met = torch.zeros_like(data.logp_behavior)  # log π of the first pass
     for epoch in range(config.num_epochs):
         order = torch.randperm(groups, generator=generator(config.run.seed, "shuffle", state.iteration, epoch))
         for part in order.tensor_split(min(config.minibatches, groups)):
@@ -202,8 +203,12 @@ def update(state: State, origin: Source, data: Rollout, given: Estimates, config
             whole = Whole(max(1, int(given.counted[index].sum())), len(index))
             distances: list[float] = []
 
-            def share(batch: Batch, whole: Whole = whole, distances: list[float] = distances) -> Tensor:
+            def share(
+                batch: Batch, given: Estimates = given, whole: Whole = whole, distances: list[float] = distances
+            ) -> Tensor:
                 value, logp = objective(model.network, batch, given, whole, config)
+                if given.logp_old is None and config.num_epochs > 1:
+                    batch.put(logp, met)
                 behaved = batch.place(data.logp_behavior).to(logp.dtype)
                 distances.append(float((logp - behaved)[batch.sequences.response].abs().max()))
                 return value
@@ -212,6 +217,8 @@ def update(state: State, origin: Source, data: Rollout, given: Estimates, config
             numbers = learner.ascend(state, config, [functools.partial(share, batch) for batch in parts])
             # before the first step the trainer's policy is the sampler's: whatever differs is an error
             mismatch = max(distances) if mismatch is None else mismatch
+        if given.logp_old is None:
+            given = given._replace(logp_old=met)
     return numbers | {"mismatch": mismatch or 0.0}
 
 

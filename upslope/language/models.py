@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from upslope.language import tiny
+from upslope.language import llama, tiny
 from upslope.language.batching import Sequences
 from upslope.runs import settings
 from upslope.runs.randomness import derive
@@ -224,9 +224,11 @@ def log_probs(network: Any, batch: Sequences, temperature: float = 1.0, chunk: i
     if bool(batch.response[:, 0].any()):
         raise ValueError("response marks the first token of a sequence: nothing stands before it that could predict it")
     inner = plain(network)
-    hidden = _hidden(network, batch)
     where = batch.response[:, 1:]
-    rows, targets = hidden[:, :-1][where], batch.ids[:, 1:][where]
+    before = batch.without_last()  # the last token predicts none
+    chosen = where.flatten().nonzero().squeeze(1)
+    rows = _hidden(network, before).flatten(0, 1).index_select(0, chosen)
+    targets = batch.ids[:, 1:].flatten()[chosen]
     head = inner.get_output_embeddings()
     softcap = getattr(inner.config, "final_logit_softcapping", None)
     if softcap is None and not hasattr(inner.config, "logits_scaling") and not hasattr(inner.config, "logit_scale"):
@@ -302,14 +304,21 @@ def _at_least_float(tensor: Tensor) -> torch.dtype:
 def _hidden(network: Any, batch: Sequences) -> Float[Tensor, "B L H"]:
     """The last hidden states, which the output embedding would turn into logits."""
     inner = plain(network)
-    attention: Tensor | None = batch.attention
+    if batch.segment is None and _filled_on_the_right(batch.attention):  # what comes later is not seen: no mask, faster
+        if llama.trains(inner):
+            return llama.hidden_states(inner, batch.ids)
+        return inner.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    attention = batch.attention
     if batch.segment is not None:  # packed: a token sees those of its own example that came before it
         attention = _among_its_own(inner.config, batch.segment, next(inner.parameters()).dtype)
-    elif bool(batch.attention.all()):
-        attention = None  # faster, and the same
     return inner.base_model(
         input_ids=batch.ids, attention_mask=attention, position_ids=batch.positions, use_cache=False
     ).last_hidden_state  # fmt: skip
+
+
+def _filled_on_the_right(attention: Bool[Tensor, "B L"]) -> bool:
+    """Whether every row is its tokens, then padding."""
+    return not bool((attention[:, 1:] & ~attention[:, :-1]).any())
 
 
 def _among_its_own(config: Any, segment: Int64[Tensor, "B L"], dtype: torch.dtype) -> Tensor:

@@ -83,6 +83,12 @@ class Batch(NamedTuple):
             response, chosen[inside].to(response.device)
         )
 
+    def put(self, values: Float[Tensor, "B L"], into: Float[Tensor, "N T"]) -> None:
+        """The way back: values at the completions' tokens into their rows of the rollout."""
+        for k, i in enumerate(self.rows):
+            own = values[k][self.sequences.response[k]]
+            into[i, : len(own)] = own.to(into)
+
 
 def source(config: Config, model: Model, process: bool = False) -> Source:
     """The prompts of a run and their judge, of completions or of their steps."""
@@ -173,10 +179,7 @@ def per_token(
     """A function of sequences at all completions' tokens, 0 beyond their ends; in micro-batches."""
     found = torch.zeros_like(data.logp_behavior)
     for batch in batches(data, list(range(len(data.completions))), model, config.micro_batch_tokens):
-        values = of(batch.sequences)
-        for k, i in enumerate(batch.rows):
-            own = values[k][batch.sequences.response[k]]
-            found[i, : len(own)] = own.to(found)
+        batch.put(of(batch.sequences), found)
     return found
 
 
@@ -196,6 +199,11 @@ def refuse_filters(sampling: Sampling) -> None:
         raise ValueError(
             f"sampling is {sampling}; for training allowed: temperature above 0, top_k 0, top_p 1, min_p 0: "
             "what a filter cuts off has another distribution than the policy that is learned"
+        )
+    if sampling.engine.url is not None and sampling.engine.weights is None:
+        raise ValueError(
+            "sampling.engine.weights is None; for training allowed: the folder that the server reads its weights from: "
+            "without it every batch would be the first policy's"
         )
 
 
