@@ -82,7 +82,8 @@ def moves(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     """
     if name not in GAMES:
         raise ValueError(f"game is {name!r}, allowed: {', '.join(GAMES)}")
-    source, rows = random.Random(f"moves/{name}/{seed}"), []
+    source = random.Random(f"moves/{name}/{seed}")
+    rows: list[dict[str, Any]] = []
     while len(rows) < count:
         game, ended = GAMES[name](), False
         context = game.reset({"seed": source.randrange(2**31)})

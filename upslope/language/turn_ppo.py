@@ -120,8 +120,8 @@ def estimate(data: Conversations, model: Model, critic: Scorer, reference: Any, 
     begins = torch.zeros_like(data.response).scatter(1, data.first, True)
     if config.credit == "bandit":
         begins = begins & (data.turn == 0)
-    placed = (each.gather(1, turn) * data.response for each in (psi, target))
-    return Estimates(*placed, begins, logp_old, float(kl.sum(1).mean()))
+    psi, target = (each.gather(1, turn) * data.response for each in (psi, target))
+    return Estimates(psi, target, begins, logp_old, float(kl.sum(1).mean()))
 
 
 class Whole(NamedTuple):

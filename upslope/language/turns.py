@@ -102,7 +102,7 @@ def resolve(spec: str) -> Callable[[], Environment]:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    kind = getattr(module, name, None)
+    kind: Any = getattr(module, name, None)
     if not all(callable(getattr(kind, method, None)) for method in ("reset", "step")):
         raise ValueError(f"environment is {spec!r}: {path} has no class {name!r} with reset and step")
     return kind
@@ -295,7 +295,7 @@ def _step(game: Environment, completion: str, i: int, turn: int) -> tuple[str, f
         raise ValueError(f"{where} the reward {reward!r}, allowed: a finite number")
     if not all(isinstance(end, bool) for end in ends):
         raise ValueError(f"{where} terminated and truncated {ends!r}, allowed: bools")
-    return text, float(reward), *ends  # type: ignore[return-value]
+    return text, float(reward), *ends
 
 
 def _fits(model: Model, context: list[int], room: int, i: int, turn: int) -> None:
