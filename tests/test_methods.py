@@ -6,7 +6,7 @@ from upslope import methods
 
 CONTROL = {"reinforce", "a2c", "a3c", "trpo", "acktr", "ppo", "group-ppo"}
 CONTROL |= {"dqn", "sac", "soft-q", "ddpg", "td3", "es", "cem"}
-LANGUAGE = {"sft", "reward-model", "lm-reinforce", "lm-ppo", "dpo", "grpo"}
+LANGUAGE = {"sft", "reward-model", "lm-reinforce", "lm-ppo", "dpo", "grpo", "turn-ppo"}
 PRESETS = {
     "ppo-penalty",
     "rloo",

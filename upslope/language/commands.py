@@ -12,6 +12,7 @@ ALGORITHMS = {  # name -> where its train() and its configuration are
     "lm-reinforce": ("upslope.language.reinforce", "REINFORCE"),
     "lm-ppo": ("upslope.language.ppo", "PPO"),
     "grpo": ("upslope.language.grpo", "GRPO"),
+    "turn-ppo": ("upslope.language.turn_ppo", "TurnPPO"),
 }
 
 
@@ -56,6 +57,8 @@ def evaluate(algorithm: str, config: Any, directory: Path, count: int, seed: int
 
     from upslope.language import generation, models, prompts, reward_model, rewards
 
+    if algorithm == "turn-ppo":
+        return _evaluate_turns(config, directory, count, seed)
     held_out = config.data.source.startswith("task:")
     data = dataclasses.replace(config.data, rows=count)
     rows = prompts.read(data, "prompt", seed=seed, held_out=held_out)[:count]
@@ -81,5 +84,28 @@ def evaluate(algorithm: str, config: Any, directory: Path, count: int, seed: int
     return {
         "mean_return": float(returns.mean()),
         "std_return": float(returns.std(correction=0)),
+        "episodes": len(returns),
+    }
+
+
+def _evaluate_turns(config: Any, directory: Path, count: int, seed: int) -> dict[str, float | int]:
+    """Greedy conversations from held-out openings: the sum of a conversation's rewards, and how many turns it had."""
+    import torch
+
+    from upslope.language import generation, models, turns
+
+    make = turns.resolve(config.environment)
+    rows = turns.openings(dataclasses.replace(config.data, rows=count), seed, held_out=True)[:count]
+    model = models.load(models.Config(str(directory)), seed)
+    sampling = generation.Sampling(config.sampling.max_new_tokens, temperature=0.0)
+    parts = [
+        turns.play(model, make, rows[first : first + 256], sampling, config.max_turns, lambda _: torch.Generator())
+        for first in range(0, len(rows), 256)
+    ]
+    returns = torch.cat([part.reward.sum(1) for part in parts])
+    return {
+        "mean_return": float(returns.mean()),
+        "std_return": float(returns.std(correction=0)),
+        "mean_length": float(torch.cat([part.valid.sum(1) for part in parts]).double().mean()),
         "episodes": len(returns),
     }

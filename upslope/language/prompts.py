@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upslope.language import tiny
+from upslope.language import games, tiny
 from upslope.language.models import Model, limit
 from upslope.runs import settings
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 class Config:
     """Where the rows come from."""
 
-    source: str = "task:addition"  # task:NAME, a .jsonl or .parquet file, or a hub id of `datasets`
+    source: str = "task:addition"  # task:NAME, moves:GAME, a .jsonl or .parquet file, or a hub id of `datasets`
     rows: int = 4096  # that a task draws; of a file all are used
     split: str = "train"  # of a hub's data
 
@@ -41,6 +41,8 @@ def read(config: Config, *columns: str, seed: int = 0, held_out: bool = False) -
     source = config.source
     if source.startswith("task:"):
         rows = tiny.draw(source.removeprefix("task:"), config.rows, seed, held_out)
+    elif source.startswith("moves:"):
+        rows = games.moves(source.removeprefix("moves:"), config.rows, seed)
     elif source.endswith(".jsonl"):
         rows = _lines(Path(source))
     elif source.endswith(".parquet"):
