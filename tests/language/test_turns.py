@@ -196,7 +196,7 @@ def test_the_environments_tokens_have_no_gradient() -> None:
     trained = nn.ModuleDict({"policy": model.network, "critic": judge})
     (batch,) = turns.batches(data, [0], model, 4096)
     turn_ppo.objective(trained, batch, given, Whole(5, 3), config)[0].backward()
-    predicts = torch.cat([batch.sequences.response[0, 1:], torch.tensor([False])])
+    predicts = batch.sequences.response[0, 1:]  # the last token predicts none and is not fed
     gradient = seen[0].grad
     assert gradient is not None
     assert predicts.tolist() == (gradient[0].abs().sum(-1) > 0).tolist()

@@ -1,4 +1,4 @@
-"""Games of several turns whose reward comes with the last one: nim against a random player, and guess the number.
+"""Games of several turns whose reward comes with the last one: nim against a random player, guess the number, locks.
 
 A game is the environment of one conversation: `reset(row)` gives the opening's text, `step(completion)` the answer's
 text, a reward, terminated, truncated. What happens is a function of the row's seed and the moves.
@@ -12,6 +12,7 @@ from upslope.language.tiny import EOS
 
 MOST = 3  # stones that may be taken in nim
 NUMBERS, GUESSES = 15, 4  # guess: bisection always finds one of 2^4 - 1 numbers in 4 guesses
+LOCKS, KEYS = 8, "abcdefgh"
 
 
 class Nim:
@@ -69,7 +70,37 @@ class Guess:
         return (">" if self.secret > int(completion) else "<"), 0.0, False, False
 
 
-GAMES: dict[str, Callable[[], Any]] = {"nim": Nim, "guess": Guess}
+class Locks:
+    """Eight locks, one a turn; each is a letter whose key is the one after it. The reward is the share that opened.
+
+    The text is how many opened so far and the next lock: what a turn was worth is seen at the next, and paid at the end.
+
+    >>> game = Locks()
+    >>> game.reset({"seed": 1}), game.step("e"), game.step("x")
+    ('0d:', ('1c:', 0.0, False, False), ('1e:', 0.0, False, False))
+    """
+
+    def reset(self, row: dict[str, Any]) -> str:
+        self.chance = random.Random(f"locks/{row['seed']}")
+        self.opened, self.turn = 0, 0
+        return self._next()
+
+    def legal(self) -> list[str]:
+        return list(KEYS)
+
+    def step(self, completion: str) -> tuple[str, float, bool, bool]:
+        self.opened += completion == KEYS[(KEYS.index(self.lock) + 1) % len(KEYS)]
+        self.turn += 1
+        if self.turn == LOCKS:
+            return f"{self.opened}", self.opened / LOCKS, True, False
+        return self._next(), 0.0, False, False
+
+    def _next(self) -> str:
+        self.lock = self.chance.choice(KEYS)
+        return f"{self.opened}{self.lock}:"
+
+
+GAMES: dict[str, Callable[[], Any]] = {"nim": Nim, "guess": Guess, "locks": Locks}
 
 
 def moves(name: str, count: int, seed: int) -> list[dict[str, Any]]:
