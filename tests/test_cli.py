@@ -361,3 +361,44 @@ def test_a_run_directory_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixt
     for name, *more in (("resume",), ("eval",), ("watch", "--out", str(tmp_path / "x.gif"))):
         assert "say so yourself with --env planted:X-v0" in refused(capsys, name, run, *more)
     done(capsys, "compare", run, "--out", tmp_path / "x.png", "--metric", "kl")
+
+
+# Several seeds
+
+
+def test_seeds_are_single_runs_beneath_one_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each is bitwise the run that `--seed` gives; the command asked again goes on where a run is not complete."""
+    flags = ("--env", "CartPole-v1", *SIZE, *SMALL)
+    said = done(capsys, "train", "ppo", *flags, "--seeds", "3,5", "--run-dir", tmp_path / "several")
+    assert "CartPole-v1" in said
+    assert (tmp_path / "several" / "curves.png").exists()
+    for seed in (3, 5):
+        done(capsys, "train", "ppo", *flags, "--seed", seed, "--run-dir", tmp_path / f"one-{seed}")
+        assert state(tmp_path / f"one-{seed}") == state(tmp_path / "several" / f"seed-{seed}")
+    whole, broken = state(tmp_path / "one-5"), tmp_path / "several" / "seed-5"
+    (broken / "summary.json").unlink()  # as after a kill: no summary, and not the last checkpoint
+    shutil.rmtree(max((broken / "checkpoints").iterdir(), key=lambda path: int(path.name)))
+    assert state(broken) != whole
+    done(capsys, "train", "ppo", *flags, "--seeds", "3,5", "--run-dir", tmp_path / "several")
+    assert state(broken) == whole
+    other = refused(capsys, "train", "ppo", *flags, "--gamma", 0.5, "--seeds", "3", "--run-dir", tmp_path / "several")
+    assert "seed-3 holds a run of other settings" in other
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--seeds", "0-x"), "seeds is '0-x', allowed: such as 0-9 or 1,3,5-7"),
+        (("--seeds", "5-3"), "allowed: at least one, none twice, ranges that rise"),
+        (("--seeds", "1,1"), "none twice"),
+        (("--seeds", "1", "--seed", "2"), "--seed is given beside --seeds"),
+    ],
+)
+def test_seeds_that_cannot_be(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str) -> None:
+    assert words in refused(capsys, "train", "ppo", *flags)
+
+
+def test_compile_names_who_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--compile is for ppo, dqn, soft-q, ddpg, td3, sac; a2c is not" in refused(
+        capsys, "train", "a2c", "--compile"
+    )

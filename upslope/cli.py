@@ -34,6 +34,7 @@ ALGORITHMS = {  # name -> where its train() and its configuration are
     "cem": ("upslope.control.cem", "CEM"),
     **commands.ALGORITHMS,
 }
+COMPILED = ("ppo", "dqn", "soft-q", "ddpg", "td3", "sac")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,35 @@ def train(arguments: list[str]) -> int:
         )
         Console().print("upslope train ALGO --help lists every flag with its default.", highlight=False, soft_wrap=True)
         return 0
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--seeds")
+    known, rest = early.parse_known_args(arguments[1:])
+    if known.seeds is not None:
+        return _train_seeds(arguments[0], known.seeds, rest)
     _say_where(_trained(arguments[0], arguments[1:]))
+    return 0
+
+
+def _train_seeds(algorithm: str, text: str, arguments: list[str]) -> int:
+    """One run after the other, each in a directory of its own; finished ones are left, unfinished ones go on."""
+    from upslope.runs import seeds
+
+    if any(word.split("=")[0] == "--seed" for word in arguments):
+        raise ValueError("--seed is given beside --seeds; allowed: one of them")
+    wanted, (module, kind) = seeds.parse(text), _algorithm(algorithm)
+    first = _parse_config(algorithm, kind, arguments)
+    directory = first.run.run_dir
+    if not any(word.split("=")[0] == "--run-dir" for word in arguments):
+        directory = directory.with_name(directory.name.removesuffix(f"-{first.run.seed}"))
+    for seed in wanted:
+        config = seeds.beneath(first, directory, seed)
+        session = seeds.session(algorithm, config)
+        if session is not None:
+            module.train(config, session)
+    runs = [directory / f"seed-{seed}" for seed in wanted]
+    if all(json.loads((run / "summary.json").read_text()).get("episode_return") is not None for run in runs):
+        compare([*map(str, runs), "--out", str(directory / "curves.png")])
+    Console(width=120).print(f"runs: {directory}/seed-*", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -339,8 +368,8 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     early.add_argument("--compile", action=argparse.BooleanOptionalAction)
     known, rest = early.parse_known_args(arguments)
     rest = rest if known.compile is None else ["--compile", str(known.compile), *rest]
-    if known.compile and algorithm != "ppo":
-        raise ValueError(f"--compile is for ppo, {algorithm} is not compiled")
+    if known.compile and algorithm not in COMPILED:
+        raise ValueError(f"--compile is for {', '.join(COMPILED)}; {algorithm} is not compiled")
     if known.env.startswith("upslope/"):  # a problem of the zoo
         known.env = f"upslope.exact.registration:{known.env}"
     if not any("envpool" in word for word in rest):

@@ -73,7 +73,7 @@ class Guess:
 class Locks:
     """Eight locks, one a turn; each is a letter whose key is the one after it. The reward is the share that opened.
 
-    The text is how many opened so far and the next lock: what a turn was worth is seen at the next, and paid at the end.
+    The text is how many opened so far and the next lock: what a turn was worth is seen at the next and paid at the end.
 
     >>> game = Locks()
     >>> game.reset({"seed": 1}), game.step("e"), game.step("x")
