@@ -2,7 +2,8 @@
 
 Insert one transition, sample 256, change their priorities; the peer inserts and samples. Medians of rounds that take
 turns, CPU time of one thread.
-Run: `taskset -c 0 python -m bench.replay --peer PYTHON`, a Python that has Stable-Baselines3.
+Run: `taskset -c 0 python -m bench.replay --peer PYTHON`, a Python that has Stable-Baselines3. With `--checkpoints DIR`
+instead: bytes and seconds of checkpoints of the full replay, with 10,000 new transitions between two.
 """
 
 import argparse
@@ -12,6 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from upslope.runs import checkpoint
 
 CAPACITY, BATCH, WIDTH = 1_000_000, 256, 17
 
@@ -36,7 +41,8 @@ print(json.dumps((time.process_time() - began) / 1000))
 """
 
 
-def cycle() -> Callable[[], None]:
+def cycle() -> tuple[Callable[[], None], Any]:
+    """One insert, sample and update, and the replay that it works on."""
     import numpy as np
     import torch
     from gymnasium import spaces
@@ -63,18 +69,36 @@ def cycle() -> Callable[[], None]:
         memory.batch(row, 0.99, 1, weight)
         memory.prioritise(row, error, 0.6, 1e-6)
 
-    return once
+    return once, memory
 
 
 def ours() -> float:
     """Seconds of one insert, sample and update."""
-    once = cycle()
+    once, _ = cycle()
     for _ in range(100):
         once()
     began = time.process_time()
     for _ in range(1000):
         once()
     return (time.process_time() - began) / 1000
+
+
+def checkpoints(root: Path, count: int = 4) -> None:
+    """Write checkpoints and say what each cost."""
+    once, memory = cycle()
+    written: dict[str, str] = {}
+    before: set[Path] = set()
+    for k in range(count):
+        began = time.perf_counter()
+        path = checkpoint.write(root, k, memory.pack(), {}, segments=memory.segments(), written=written)
+        spent = time.perf_counter() - began
+        written = json.loads((path / checkpoint.STATE).read_text())["segments"]
+        files = {file for file in root.rglob("*") if file.is_file()}
+        size = sum(file.stat().st_size for file in files - before) / 2**20
+        sys.stdout.write(f"checkpoint {k}: {size:.0f} MiB written in {spent:.2f} s\n")
+        before = files
+        for _ in range(10_000):
+            once()
 
 
 def peer(python: str) -> float:
@@ -85,7 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", help="a Python that has Stable-Baselines3")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoints", type=Path, help="an empty directory")
     options = parser.parse_args()
+    if options.checkpoints:
+        checkpoints(options.checkpoints)
+        return
     mine, theirs = [], []
     for _ in range(options.rounds):
         mine.append(ours())

@@ -22,6 +22,7 @@ from upslope.runs import run as runs
 from upslope.runs.run import Run
 
 CREDITS = ("turn", "bandit")
+LAMBDA = 0.3  # of the recursion: near 1 it would add up the luck of all later turns, as the bandit does
 
 
 def small(seed: int, directory: Path) -> str:
@@ -54,7 +55,8 @@ def measure(game: str, seed: int, steps: int, out: Path) -> None:
         if not (directory / "summary.json").exists():
             config = TurnPPO(
                 model=models.Config(str(base)), environment=game, credit=credit, total_steps=steps, batch_size=64,
-                sampling=Sampling(3), num_epochs=2, minibatches=2, optimizer=AdamW(1e-3), run=options(seed, directory),
+                sampling=Sampling(3), num_epochs=2, minibatches=2, optimizer=AdamW(1e-3), gae_lambda=LAMBDA,
+                run=options(seed, directory),
             )  # fmt: skip
             began = (directory / "checkpoints").exists()
             turn_ppo.train(config, Run.resume(directory, "turn-ppo", config, steps) if began else None)
@@ -89,9 +91,9 @@ def draw(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--game", default="nim")
+    parser.add_argument("--game", default="locks")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--picture", action="store_true")
     asked = parser.parse_args()

@@ -84,7 +84,7 @@ SAC_PRESETS: dict[str, SAC] = {
         "MountainCarContinuous-v0", 3e-4, 50_000,
         network=actors.Stochastic(hidden=(64, 64), state_dependent_noise=True),
         replay_capacity=50_000, learning_starts=0, train_interval=32, gradient_steps=32, batch_size=512, gamma=0.9999,
-        target_tau=0.01, alpha=0.1, learn_alpha=False,
+        target_tau=0.01, alpha=0.1,  # learned: with the Zoo's fixed 0.1 some means stay on their side of the hill
     ),
     "LunarLanderContinuous-v3": _sac(
         "LunarLanderContinuous-v3", 7.3e-4, 500_000, network=actors.Stochastic(hidden=(400, 300)),
@@ -104,7 +104,8 @@ _LUNAR_TD3: dict[str, Any] = {"gamma": 0.98, "replay_capacity": 200_000}
 TD3_PRESETS: dict[str, TD3] = {
     "Pendulum-v1": _td3("Pendulum-v1", 20_000, **_LUNAR_TD3),
     "MountainCarContinuous-v0": replace(
-        _td3("MountainCarContinuous-v0", 300_000),
+        _td3("MountainCarContinuous-v0", 100_000),
+        network=actors.Config(hidden=(64, 64)),
         learning_starts=100,
         noise=action_noise.Config("ornstein-uhlenbeck", std=0.5),
     ),
@@ -116,6 +117,7 @@ TD3_PRESETS: dict[str, TD3] = {
 DDPG_PRESETS: dict[str, DDPG] = {
     name: DDPG(
         environment=config.environment,
+        network=config.network,
         noise=config.noise,
         total_steps=config.total_steps,
         replay_capacity=config.replay_capacity,
