@@ -202,6 +202,82 @@ def test_recent_are_the_last_in_order() -> None:
         assert len(memory.recent(count)) == count
 
 
+# Stacks of frames
+
+FRAME = spaces.Box(0, 255, (2, 3), np.uint8)
+STACK = spaces.Box(0, 255, (4, 2, 3), np.uint8)
+
+
+def stacked(first: Any, happened: list[Any], mode: str) -> tuple[Any, list[Any]]:
+    """The same stream as `FrameStackObservation(env, 4)` gives it: a reset repeats its frame."""
+    seen, owed, made = np.repeat(first[:, None], 4, 1), np.zeros(len(first), bool), []
+    begun = seen
+    for action, step in happened:
+        after = np.concatenate([seen[:, 1:], step.next_observation[:, None]], 1)
+        after = np.where(owed[:, None, None, None], np.repeat(step.next_observation[:, None], 4, 1), after)
+        seen = after
+        if mode == "same-step":
+            again = np.repeat(step.observation[:, None], 4, 1)
+            seen = np.where(step.ended[:, None, None, None], again, after)
+        owed = step.ended if mode == "next-step" else owed
+        made.append((action, step._replace(next_observation=after, observation=seen)))
+    return begun, made
+
+
+@pytest.mark.parametrize("mode", ["same-step", "next-step"])
+@pytest.mark.parametrize(("n", "capacity"), [(1, 1000), (3, 1000), (1, 30), (3, 60)])
+@pytest.mark.parametrize("prioritised", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+def test_frames_are_stored_once_and_stacks_are_those_of_the_environment(
+    mode: str, n: int, capacity: int, prioritised: bool, length: int
+) -> None:
+    """Beside a replay of whole stacks: the same transitions to the byte, but those whose oldest frames are gone."""
+    first, happened = stacked(*stream(FRAME, n, 90, mode, seed=3)[:2], mode)
+    whole = Replay(STACK, spaces.Discrete(5), n, capacity)
+    once = Replay(STACK, spaces.Discrete(5), n, capacity, prioritised, stack=4)
+    assert once.observation[""].nbytes * 4 == whole.observation[""].nbytes
+    for memory in (whole, once):
+        memory.begin(first)
+    lost = 0
+    for action, step in happened:
+        for memory in (whole, once):
+            memory.append(action, step)
+        here = rows(whole)
+        usable = here[once.usable(here)]
+        lost += len(here) - len(usable)
+        ours, theirs = (memory.batch(usable, 0.9, length) for memory in (once, whole))
+        for name_, mine in ours._asdict().items():
+            assert np.array_equal(np.asarray(mine), np.asarray(getattr(theirs, name_))), name_
+    oldest = whole.written - min(whole.written, capacity)
+    youngest = whole.written - 1 - (whole.written - 1 - here) % capacity
+    assert set(here) - set(usable) <= set(here[youngest < oldest + 3 * 2 * n])  # few, and the oldest
+    assert (lost > 0) == (whole.written > capacity)
+    if prioritised:
+        assert once.tree is not None
+        assert set(np.flatnonzero(once.tree.leaves)) == set(usable)
+    drawn = once.uniform(5_000, torch.Generator().manual_seed(0))
+    assert set(drawn) == set(usable)
+
+
+def test_a_replay_of_frames_is_put_away_and_taken_up(tmp_path: Path) -> None:
+    first, happened = stacked(*stream(FRAME, 2, 700, "same-step", seed=5)[:2], "same-step")
+    one, other = (Replay(STACK, spaces.Discrete(5), 2, 1000, stack=4) for _ in range(2))
+    one.segment = 256
+    one.begin(first)
+    for action, step in happened:
+        one.append(action, step)
+    assert one.segments()
+    path = checkpoint.write(tmp_path, 1, one.pack(), {}, segments=one.segments())
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    other.unpack(found.tensors, found.segments)
+    here = rows(one)[one.usable(rows(one))]
+    assert here.tolist() == rows(other)[other.usable(rows(other))].tolist()
+    for mine, theirs in zip(one.batch(here, 0.9, 2), other.batch(here, 0.9, 2), strict=True):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+    assert path.exists()
+
+
 def test_uniform_is_uniform() -> None:
     memory, _ = filled(FLAT, 3, 200, "same-step", 90)
     here = rows(memory)

@@ -85,8 +85,9 @@ def start(
     session.closes(world.envs)
     space, actions = world.envs.observation_space, world.envs.action_space
     net = Net(config.network.build(space, actions, derive(seed, "network")))
-    rows = config.replay_capacity or 2 * (config.train_interval + 2) * world.envs.num_envs
-    memory = Replay(space, actions, world.envs.num_envs, rows, prioritised)
+    stack = 1 if config.environment.atari is None else config.environment.atari.frame_stack
+    rows = config.replay_capacity or 2 * (config.train_interval + 1 + stack) * world.envs.num_envs
+    memory = Replay(space, actions, world.envs.num_envs, rows, prioritised, stack)
     if saved is not None:
         assert session.restored is not None
         memory.unpack(saved, session.restored.segments)

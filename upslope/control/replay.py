@@ -4,6 +4,9 @@ Every observation is one row, written once, in the order in which it was seen; `
 successor lies. An episode's final observation is a row from which no transition begins, whether the episode terminated
 or was truncated: a transition's `next_observation` is always the true one, and an n-step window ends where the episode
 does. `terminated` alone decides whether a target bootstraps.
+
+Of a stack of frames only the newest is stored: the others lie in the rows before, `behind` says how many rows back the
+last one is, and before an episode's first frame stands that frame itself (Gymnasium's `FrameStackObservation`).
 """
 
 import functools
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from upslope.control import environments
@@ -53,20 +56,31 @@ class Replay:
         num_envs: N.
         capacity: rows, one for each observation: as many as transitions, and one more for each episode's end.
         prioritised: keep priorities; else sample uniformly.
+        stack: frames along an observation's first axis, each stored once; 1: an observation is no stack.
     """
 
     def __init__(
-        self, space: spaces.Space, action_space: spaces.Space, num_envs: int, capacity: int, prioritised: bool = False
+        self,
+        space: spaces.Space,
+        action_space: spaces.Space,
+        num_envs: int,
+        capacity: int,
+        prioritised: bool = False,
+        stack: int = 1,
     ) -> None:
         if capacity < 4 * num_envs + 1:
             raise ValueError(f"replay_capacity is {capacity}, allowed: {4 * num_envs + 1} or more with {num_envs} envs")
-        self.capacity, self.num_envs = capacity, num_envs
+        self.capacity, self.num_envs, self.stack = capacity, num_envs, stack
         parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        self.observation = {name: np.zeros((capacity, *part.shape), _stored(part)) for name, part in parts.items()}
+        first = 1 if stack > 1 else 0  # of the shape of what is stored
+        self.observation = {
+            name: np.zeros((capacity, *(part.shape or ())[first:]), _stored(part)) for name, part in parts.items()
+        }
         shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
         fields = [("action", _stored(action_space), shape), *FIELDS]
         self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
         self.action, self.reward, self.terminated, self.ended, self.ahead = (self.table[name] for name, *_ in fields)
+        self.behind = np.zeros(capacity if stack > 1 else 0, dtype=np.int32)  # rows to the episode's last one, or 0
         self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
         self.transitions = 0  # since the beginning
         self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
@@ -84,8 +98,9 @@ class Replay:
         already_reset = step.valid is None
         took = np.arange(self.num_envs) if step.valid is None else np.flatnonzero(step.valid)
         over = np.flatnonzero(step.ended) if already_reset else np.zeros(0, dtype=np.int64)
-        finals = self._write(_take(step.next_observation, over)) if len(over) else over
-        fresh = self._write(step.observation)
+        finals = self._write(_take(step.next_observation, over), self.open[over]) if len(over) else over
+        begins = step.ended if step.valid is None else ~step.valid
+        fresh = self._write(step.observation, np.where(begins, -1, self.open))
         successor = fresh.copy()
         successor[over] = finals
         rows, begun = self.open[took] % self.capacity, self.open
@@ -98,11 +113,21 @@ class Replay:
         if self.tree is not None:
             self.tree.set(rows, self.highest)
 
-    def _write(self, observation: environments.Observation) -> Int64[np.ndarray, " k"]:
-        """New rows from which no transition begins yet, over the oldest ones."""
+    def _write(
+        self, observation: environments.Observation, last: Int64[np.ndarray, " k"] | None = None
+    ) -> Int64[np.ndarray, " k"]:
+        """New rows from which no transition begins yet, over the oldest ones.
+
+        `last` are the rows before them, -1 where an episode begins; None: everywhere.
+        """
         parts = observation if isinstance(observation, dict) else {"": observation}
         rows = self.written + np.arange(len(next(iter(parts.values()))))
         slots = rows % self.capacity
+        if self.stack > 1:
+            parts = {name: part[:, -1] for name, part in parts.items()}
+            if self.tree is not None and self.written >= self.capacity:
+                self._forget(slots)
+            self.behind[slots] = 0 if last is None else np.where(last < 0, 0, rows - last)
         for name, part in parts.items():
             self.observation[name][slots] = part
         self.ahead[slots] = 0
@@ -111,14 +136,32 @@ class Replay:
         self.written += len(rows)
         return rows
 
+    def _forget(self, slots: Int64[np.ndarray, " k"]) -> None:
+        """No priority for rows whose stacks lose the frames of these rows."""
+        assert self.tree is not None
+        for _ in range(self.stack - 1):
+            slots = ((slots + self.ahead[slots]) % self.capacity)[self.ahead[slots] > 0]
+            self.tree.set(slots, 0.0)
+
+    def usable(self, row: Int64[np.ndarray, " k"]) -> Bool[np.ndarray, " k"]:
+        """Whether a transition begins at these rows and all frames of its stack are still here."""
+        found = self.ahead[row] > 0
+        if self.stack > 1:
+            age = (self.written - 1 - row) % self.capacity  # rows since
+            for _ in range(self.stack - 1):
+                back = self.behind[row]
+                age, row = age + back, (row - back) % self.capacity
+                found &= age < min(self.written, self.capacity)
+        return found
+
     def uniform(self, size: int, generator: torch.Generator) -> Int64[np.ndarray, " B"]:
         """Rows of transitions, each as likely as any other, with replacement. Rows without one are drawn again."""
         filled = min(self.written, self.capacity)
         row = torch.randint(filled, (size,), generator=generator).numpy()
-        empty = self.ahead[row] == 0
+        empty = ~self.usable(row)
         while empty.any():
             row[empty] = torch.randint(filled, (int(empty.sum()),), generator=generator).numpy()
-            empty = self.ahead[row] == 0
+            empty = ~self.usable(row)
         return row
 
     def prioritised(
@@ -148,7 +191,7 @@ class Replay:
         """Rows of the last transitions, oldest first."""
         span = min(self.written, self.capacity, 3 * count + 2 * self.num_envs)
         slots = np.arange(self.written - span, self.written) % self.capacity
-        return slots[self.ahead[slots] > 0][-count:]
+        return slots[self.usable(slots)][-count:]
 
     def batch(
         self, row: Int64[np.ndarray, " B"], gamma: float, n: int = 1, weight: Float[np.ndarray, " B"] | None = None
@@ -172,6 +215,11 @@ class Replay:
         )  # fmt: skip
 
     def _observed(self, row: Int64[np.ndarray, " B"]) -> Observation:
+        if self.stack > 1:
+            rows = [row]
+            for _ in range(self.stack - 1):
+                rows.append((rows[-1] - self.behind[rows[-1]]) % self.capacity)
+            return torch.from_numpy(self.observation[""].take(np.stack(rows[::-1], 1), 0))
         parts = {name: torch.from_numpy(part.take(row, 0)) for name, part in self.observation.items()}
         return parts.get("", parts)
 
@@ -224,7 +272,7 @@ class Replay:
             part[row % self.capacity] = tensors[name].numpy()
 
     def _columns(self) -> dict[str, np.ndarray]:
-        names = ("action", "reward", "terminated", "ended", "ahead")
+        names = ("action", "reward", "terminated", "ended", "ahead", *(("behind",) if self.stack > 1 else ()))
         observed = {f"observation.{name}": part for name, part in self.observation.items()}
         return observed | {name: getattr(self, name) for name in names}
 
