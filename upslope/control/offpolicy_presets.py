@@ -84,7 +84,7 @@ SAC_PRESETS: dict[str, SAC] = {
         "MountainCarContinuous-v0", 3e-4, 50_000,
         network=actors.Stochastic(hidden=(64, 64), state_dependent_noise=True),
         replay_capacity=50_000, learning_starts=0, train_interval=32, gradient_steps=32, batch_size=512, gamma=0.9999,
-        target_tau=0.01, alpha=0.1,  # learned: with the Zoo's fixed 0.1 some means stay on their side of the hill
+        target_tau=0.01, alpha=0.1, learn_alpha=False,
     ),
     "LunarLanderContinuous-v3": _sac(
         "LunarLanderContinuous-v3", 7.3e-4, 500_000, network=actors.Stochastic(hidden=(400, 300)),
