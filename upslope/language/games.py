@@ -22,7 +22,7 @@ class Nim:
 
     >>> game = Nim()
     >>> game.reset({"seed": 5}), game.step("9")
-    ('19:', ('lost', 0.0, True, False))
+    ('17:', ('lost', 0.0, True, False))
     """
 
     def reset(self, row: dict[str, Any]) -> str:
@@ -48,7 +48,7 @@ class Guess:
 
     >>> game = Guess()
     >>> game.reset({"seed": 1}), game.step("8"), game.step("what")
-    ('1-15:', ('>', 0.0, False, False), ('?', 0.0, False, False))
+    ('1-15:', ('<', 0.0, False, False), ('?', 0.0, False, False))
     """
 
     def reset(self, row: dict[str, Any]) -> str:
