@@ -1,6 +1,7 @@
 """Replay: every transition is the one that happened, whatever the autoreset mode; sampling is what it says it is."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,7 +315,15 @@ def test_tree_finds_by_cumulative_sums(size: int, compiled: bool) -> None:
     assert (priority[found] > 0).all()
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+
+@COMPILER
+def test_the_tree_is_compiled_where_there_is_a_compiler() -> None:
+    assert native.library() is not None
+
+
+@COMPILER
 @given(
     size=st.sampled_from([1, 15, 16, 17, 255, 256, 257, 8191, 8192, 8193, 140_000]),
     seed=st.integers(0, 2**32 - 1),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from upslope.language import models, reward_model, tiny
+from upslope.language import files, models, reward_model, tiny
 from upslope.language.prompts import Row, encode, encode_completion
 
 Reward = Callable[..., Any]
@@ -87,16 +87,7 @@ def model(directory: str, seed: int) -> Reward:
 
 
 def _from_file(path: Path, name: str) -> Reward:
-    import importlib.util
-
-    if not path.exists():
-        raise ValueError(f"reward is '{path}:{name}': there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = files.attribute("reward", path, name)
     if not callable(function):
         raise ValueError(f"reward is '{path}:{name}': {path} has no function {name!r}")
     return function

@@ -6,7 +6,6 @@ lie between them in the sequence, are read, and are in no loss. All conversation
 turn reads its whole context anew.
 """
 
-import importlib.util
 import json
 import math
 import random
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from upslope.language import batching, games, generation, models, prompts
+from upslope.language import batching, files, games, generation, models, prompts
 from upslope.language.batching import Sequences
 from upslope.language.generation import Sampling
 from upslope.language.models import Model
@@ -95,14 +94,7 @@ def resolve(spec: str) -> Callable[[], Environment]:
     path = Path(file)
     if path.suffix != ".py":
         raise ValueError(f"environment is {spec!r}, allowed: {', '.join(games.GAMES)}, or FILE.py:CLASS")
-    if not path.exists():
-        raise ValueError(f"environment is {spec!r}: there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"_environment_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    kind: Any = getattr(module, name, None)
+    kind: Any = files.attribute("environment", path, name)
     if not all(callable(getattr(kind, method, None)) for method in ("reset", "step")):
         raise ValueError(f"environment is {spec!r}: {path} has no class {name!r} with reset and step")
     return kind
@@ -208,9 +200,7 @@ def per_token(
     for batch in batches(data, range(len(data.turns)), model, tokens):
         values = of(batch.sequences)
         found = found.to(torch.promote_types(found.dtype, values.dtype))
-        for k, i in enumerate(batch.rows):
-            own = values[k][batch.sequences.response[k]]
-            found[i, : len(own)] = own.to(found)
+        batch.put(values, found)
     return found
 
 
