@@ -73,6 +73,25 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_reward_model_in_refresh_is_part_of_the_resume(tmp_path: Path) -> None:
+    """Its weights and moments, the comparisons since the last refresh and those of earlier ones."""
+    succeed(
+        "train", "reward-model", *SMALL, *COMMANDS["reward-model"], "--total-steps", 3, "--run-dir", tmp_path / "rm"
+    )
+    more = ("--data", "task:preferences", "--reward", str(tmp_path / "rm"), "--refresh.interval", "3",
+            "--refresh.steps", "3", "--refresh.history", "0.3")  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeed("train", "grpo", *SMALL, *COMMANDS["grpo"], *more, "--total-steps", 14, "--run-dir", whole)
+    killed_and_resumed("grpo", broken, 14, more)
+    assert fingerprint(whole) == fingerprint(broken)
+    for name in ("model.safetensors", "head.safetensors"):
+        mine = (whole / "reward" / "model" / name).read_bytes()
+        assert mine == (broken / "reward" / "model" / name).read_bytes()
+        assert mine != (tmp_path / "rm" / "model" / name).read_bytes()
+    assert "agreement" in metrics(whole)[11]
+
+
+@pytest.mark.slow
 def test_from_sft_to_a_reward_model_to_dpo_and_grpo(tmp_path: Path) -> None:
     """Each takes the model of the one before; each can be evaluated and reported."""
     data = ("--data", "task:preferences", "--total-steps", 3, "--quiet")
@@ -104,6 +123,8 @@ def test_from_sft_to_a_reward_model_to_dpo_and_grpo(tmp_path: Path) -> None:
         (("grpo", "--reward", "nothing"), "reward is 'nothing', allowed: 'task'"),
         (("grpo", "--minibatches", "99"), "minibatches is 99, allowed: at most batch_size"),
         (("grpo", "--credit", "process", "--scale", "none"), "credit is 'process' with scale 'none'"),
+        (("grpo", "--refresh.interval", "3"), "allowed: 0, or --reward with the directory of a reward model's run"),
+        (("grpo", "--refresh.history", "2"), "history is 2.0, allowed: 0 to 1"),
         (("grpo", "--reference-interval", "3"), "reference_interval is 3, allowed: 0 where kl_coef is 0"),
         (("dpo", "--loss", "ipo", "--label-smoothing", "0.1"), "allowed with loss 'ipo': 0"),
         (("sft", "--model", "./nowhere"), "no model was found there"),

@@ -27,6 +27,7 @@ from upslope.language import learner, models, prompts, rollout
 from upslope.language.generation import Sampling
 from upslope.language.learner import AdamW, State
 from upslope.language.models import Model
+from upslope.language.refresh import Refresh, Refresher
 from upslope.language.rollout import Batch, Rollout, Source
 from upslope.runs import run as runs
 from upslope.runs import settings
@@ -45,6 +46,7 @@ class GRPO:
     sampling: Sampling = field(default_factory=Sampling)
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-4))
     run: runs.Options = field(default_factory=runs.Config)
+    refresh: Refresh = field(default_factory=Refresh)  # of a reward model (S3 alg 12's outer loop)
     reward: str = "task"  # task, FILE.py:FUNCTION, or a reward model's run
     total_steps: int = 200  # iterations, each of one generation batch
     batch_size: int = 8  # prompts per generation batch
@@ -62,7 +64,7 @@ class GRPO:
     kl_coef: float = 0.0  # β, reward per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    reference_interval: int = 0  # iterations after which π_ref becomes the policy (S3 alg 12's outer loop); 0: never
+    reference_interval: int = 0  # iterations after which π_ref becomes the policy (as above); 0: never
     truncated: rollout.Cut = "terminate"  # a completion cut at the limit: scored, or masked out of the loss
     overlong_buffer: int = 0  # tokens before the limit over which a penalty grows linearly to 1 (DAPO); 0: none
     dynamic_sampling: int = 0  # further generation batches, at most, in place of groups whose rewards are all equal
@@ -76,6 +78,8 @@ class GRPO:
         settings.within(self, 0, None, "clip_high", "kl_coef", "overlong_buffer", "dynamic_sampling")
         settings.within(self, 0, None, "reference_interval")
         rollout.refuse_filters(self.sampling)
+        if self.credit == "process" and self.refresh.interval:
+            raise ValueError(f"refresh.interval is {self.refresh.interval}, allowed with credit 'process': 0")
         if self.credit == "process" and (self.scale, self.overlong_buffer, self.kl_in) != ("group", 0, "loss"):
             raise ValueError(
                 f"credit is 'process' with scale {self.scale!r}, overlong_buffer {self.overlong_buffer} and kl_in "
@@ -234,7 +238,10 @@ def train(config: GRPO, session: Run | None = None) -> Model:
         origin = rollout.source(config, model, config.credit == "process")
         reference = models.reference(model) if config.kl_coef else None
         follower = reference if config.reference_interval else None
-        state, numbers = learner.begin(model.network, config, session, follower), {}
+        judge = config.refresh.interval and Refresher(
+            config.refresh, origin, config.data.source, config.run.seed
+        )  # fmt: skip
+        state, numbers = learner.begin(model.network, config, session, follower, judge or None), {}
         while state.iteration < config.total_steps:
             # 1. collect: G completions of some prompts, judged
             data = collect(origin, config, state.iteration)
@@ -252,7 +259,17 @@ def train(config: GRPO, session: Run | None = None) -> Model:
             state = state._replace(iteration=state.iteration + 1)
             if config.reference_interval and state.iteration % config.reference_interval == 0:
                 learner.follow(state)
+            if judge:
+                judge.compare(data, [prompts.decode(model, each) for each in data.completions], config.group_size)
+                numbers |= judge.refresh() if state.iteration % config.refresh.interval == 0 else {}
             numbers |= rollout.summary(data) | rollout.shares(spent)
             learner.report(session, state, config, numbers)
+        if judge and session.directory is not None:
+            models.save(
+                judge.scorer.backbone,
+                judge.model.tokenizer,
+                session.directory / "reward" / models.MODEL,
+                judge.scorer.head,
+            )
         learner.finish(session, state, model.network, model.tokenizer, numbers)
         return model

@@ -62,6 +62,13 @@ class Config(Protocol):
     def total_steps(self) -> int: ...
 
 
+class Attached(Protocol):
+    """What else a run learns beside its policy."""
+
+    def pack(self) -> dict[str, Tensor]: ...
+    def restore(self, saved: dict[str, Tensor]) -> None: ...
+
+
 class State(NamedTuple):
     """Everything a resumed run needs: randomness is derived from the iteration, so no generator is among it."""
 
@@ -70,17 +77,27 @@ class State(NamedTuple):
     iteration: int
     remembered: dict[str, float]  # numbers of the algorithm's own: a moving average, a penalty's coefficient
     follower: nn.Module | None = None  # a frozen network that is set to the trained one now and then
+    attached: Attached | None = None
 
 
-def begin(trained: nn.Module, config: Config, session: Run, follower: nn.Module | None = None) -> State:
+def begin(
+    trained: nn.Module,
+    config: Config,
+    session: Run,
+    follower: nn.Module | None = None,
+    attached: Attached | None = None,
+) -> State:
     """The state a run begins with, or the one that its checkpoint holds."""
-    named = models.trainable(trained)
-    optimizer = config.optimizer.build(named.values())
-    saved = None if session.restored is None else session.restored.tensors
-    if saved is None:
-        return State(trained, optimizer, 0, {}, follower)
+    optimizer = config.optimizer.build(models.trainable(trained).values())
+    state = State(trained, optimizer, 0, {}, follower, attached)
+    return state if session.restored is None else restored(state, session.restored.tensors)
+
+
+def restored(state: State, saved: Mapping[str, Tensor]) -> State:
+    """The state that `pack` gave; weights are copied in place."""
+    optimizer, follower = state.optimizer, state.follower
     with torch.no_grad():
-        for name, parameter in named.items():
+        for name, parameter in models.trainable(state.trained).items():
             parameter.copy_(saved[f"model.{name}"])
             moments = {key: saved[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
                        if f"optimizer.{key}.{name}" in saved}  # fmt: skip
@@ -91,7 +108,11 @@ def begin(trained: nn.Module, config: Config, session: Run, follower: nn.Module 
         for name, parameter in follower.named_parameters() if follower is not None else ():
             parameter.copy_(saved[f"follower.{name}"])
     numbers = {name.removeprefix("own."): float(value) for name, value in saved.items() if name.startswith("own.")}
-    return State(trained, optimizer, int(saved["iteration"]), numbers, follower)
+    if state.attached is not None:
+        prefix = "attached."
+        own = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
+        state.attached.restore(own)
+    return state._replace(iteration=int(saved["iteration"]), remembered=numbers)
 
 
 @torch.no_grad()
@@ -112,6 +133,8 @@ def pack(state: State) -> dict[str, Tensor]:
             tensors[f"optimizer.{key}.{name}"] = value
     if state.follower is not None:
         tensors |= {f"follower.{name}": parameter for name, parameter in state.follower.named_parameters()}
+    if state.attached is not None:
+        tensors |= {f"attached.{name}": tensor for name, tensor in state.attached.pack().items()}
     return tensors | {f"own.{k}": torch.tensor(v, dtype=torch.float64) for k, v in state.remembered.items()}
 
 

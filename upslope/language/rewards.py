@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def resolve(spec: str, source: str, seed: int, process: bool = False) -> Reward:
     if path.endswith(".py"):
         return _from_file(Path(path), name)
     if models.is_scorer(Path(spec)):
-        return model(spec, seed)
+        return ModelReward(*models.scorer(models.Config(id=spec), seed))
     raise ValueError(
         f"reward is {spec!r}, allowed: 'task' with data task:NAME, FILE.py:FUNCTION, or the directory of a reward "
         "model's run"
@@ -74,16 +75,17 @@ def task(source: str, process: bool = False) -> Reward:
     return check
 
 
-def model(directory: str, seed: int) -> Reward:
-    """A trained reward model's score of prompt and completion."""
-    scorer, loaded = models.scorer(models.Config(id=directory), seed)
+@dataclass(frozen=True)
+class ModelReward:
+    """A reward model's score of prompt and completion."""
 
-    def scored(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-        written = [encode(loaded, prompt) for prompt in prompts]
-        answers = [encode_completion(loaded, completion) for completion in completions]
-        return reward_model.score(scorer, loaded, written, answers).tolist()
+    scorer: models.Scorer
+    model: models.Model
 
-    return scored
+    def __call__(self, prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+        written = [encode(self.model, prompt) for prompt in prompts]
+        answers = [encode_completion(self.model, completion) for completion in completions]
+        return reward_model.score(self.scorer, self.model, written, answers).tolist()
 
 
 def _from_file(path: Path, name: str) -> Reward:
