@@ -23,8 +23,8 @@ PREFERENCES = prompts.Config("task:preferences")
 
 def means(config: grpo.GRPO, model: models.Model, scorer: Path) -> dict[str, float]:
     """The true reward and the reward model's, of the same 512 completions."""
-    asked = replace(config, reward="task", group_size=1)
-    data = rollout.collect(rollout.source(asked, model), asked, 0, 512)
+    asked = replace(config, reward="task", group_size=2)
+    data = rollout.collect(rollout.source(asked, model), asked, 0, 256)
     judged = rollout.source(replace(config, reward=str(scorer)), model).reward
     texts = [prompts.decode(model, completion) for completion in data.completions]
     scores = judged([row["prompt"] for row in data.rows], texts)
