@@ -125,6 +125,7 @@ def _pretrained(config: Config) -> tuple[Any, Any]:
     if (path / "config.json").exists() and (path / "checkpoints").exists():  # a run of ours
         if not (path / MODEL).exists():
             raise ValueError(f"model.id is {config.id!r}, a run that is not finished: upslope resume {config.id}")
+    if (path / MODEL / "config.json").exists():  # a run, or the reward model that one ends with
         path = path / MODEL
     source = str(path) if path.exists() else config.id
     options = {"trust_remote_code": config.trust_remote_code}
