@@ -122,10 +122,10 @@ def _pretrained(config: Config) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()  # of a hundred milliseconds
     path = Path(config.id)
-    if (path / "config.json").exists() and (path / "checkpoints").exists():  # a run of ours
-        if not (path / MODEL).exists():
-            raise ValueError(f"model.id is {config.id!r}, a run that is not finished: upslope resume {config.id}")
-    if (path / MODEL / "config.json").exists():  # a run, or the reward model that one ends with
+    ours = (path / "config.json").exists() and (path / "checkpoints").exists()
+    if ours and not (path / MODEL).exists():
+        raise ValueError(f"model.id is {config.id!r}, a run that is not finished: upslope resume {config.id}")
+    if (path / MODEL / "config.json").exists():  # a run of ours, or the reward model that one ends with
         path = path / MODEL
     source = str(path) if path.exists() else config.id
     options = {"trust_remote_code": config.trust_remote_code}
