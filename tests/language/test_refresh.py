@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upslope.language import models, prompts, rewards
+from upslope.language import models, prompts, reward_model, rewards
 from upslope.language.refresh import Refresh, Refresher
 from upslope.language.rollout import Rollout, Source
 
@@ -36,10 +36,18 @@ def test_of_a_group_the_best_and_the_worst_are_compared_and_of_equal_ones_nothin
     refresher, texts = made(Refresh(1)), ["abc", "aei", "bcd", "abe", "xyz", "bcd", "zzz", "fgh"]
     refresher.compare(rollout_of(refresher, texts), texts, 4)
     (pair,) = refresher.fresh
-    assert (prompts.decode(refresher.model, pair.chosen), prompts.decode(refresher.model, pair.rejected)) == (
-        "aei",
-        "bcd",
-    )
+    texts = [prompts.decode(refresher.model, ids) for ids in pair]
+    assert texts == ["ab", "aei", "bcd"]
+
+
+def test_what_is_compared_is_read_as_what_is_scored() -> None:
+    """In the reward model's tokens, with its end: the policy's may be others, and be cut before the end."""
+    refresher, texts = made(Refresh(1)), ["aei", "bcd"]
+    data = rollout_of(refresher, texts)._replace(prompts=[[7], [7]], completions=[[8, 9], [9]])
+    refresher.compare(data, texts, 2)
+    model = refresher.model
+    scored = (prompts.encode(model, "ab"), *(prompts.encode_completion(model, text) for text in texts))
+    assert refresher.fresh == [scored]
 
 
 def test_it_comes_to_agree_with_the_judge_on_what_it_has_not_seen() -> None:
@@ -58,24 +66,18 @@ def test_it_comes_to_agree_with_the_judge_on_what_it_has_not_seen() -> None:
     assert refresher.refresh() == {}  # nothing new: nothing is learned
 
 
-@pytest.mark.parametrize("history", [0.0, 0.25, 1.0])
-def test_the_share_of_earlier_comparisons(monkeypatch: pytest.MonkeyPatch, history: float) -> None:
-    """Of every batch; in the first refresh there are none."""
-    from upslope.language import reward_model
-
+@pytest.mark.parametrize(("history", "expected"), [(0.0, 0), (0.25, 2), (1.0, 8)])
+def test_the_share_of_earlier_comparisons(monkeypatch: pytest.MonkeyPatch, history: float, expected: int) -> None:
+    """Of every batch of 8."""
     seen: list[list[list[list[int]]]] = []
     monkeypatch.setattr(reward_model, "update", lambda *arguments: seen.append(arguments[4]) or {})
     refresher = made(Refresh(1, steps=2, batch_size=8, history=history))
-    for texts, shares in ((["aaa", "bbb"], 0.0), (["eee", "ddd"], history)):
+    for texts in (["aaa", "bbb"], ["eee", "ddd"]):
         refresher.compare(rollout_of(refresher, texts), texts, 2)
-        seen.clear()
         refresher.refresh()
-        earlier = prompts.encode_completion(refresher.model, "aaa")
-        expected = 0 if texts[0] == "aaa" else round(8 * shares)
-        for answers in seen:
-            assert len(answers) == 8
-            if texts[0] == "eee":
-                assert sum(pair[0] == earlier for pair in answers) == expected
+    earlier = prompts.encode_completion(refresher.model, "aaa")
+    assert [sum(pair[0] == earlier for pair in answers) for answers in seen] == [8, 8, expected, expected]
+    assert all(len(answers) == 8 for answers in seen)
 
 
 def test_packed_and_restored_it_goes_on_to_the_same_bits() -> None:

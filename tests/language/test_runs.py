@@ -89,16 +89,7 @@ def test_a_reward_model_in_refresh_is_part_of_the_resume(tmp_path: Path) -> None
         assert mine == (broken / "reward" / "model" / name).read_bytes()
         assert mine != (tmp_path / "rm" / "model" / name).read_bytes()
     assert "agreement" in metrics(whole)[11]
-    more = (
-        "--reward",
-        whole / "reward",
-        "--data",
-        "task:preferences",
-        "--total-steps",
-        1,
-        "--run-dir",
-        tmp_path / "on",
-    )
+    more = (*more, "--reward", str(whole / "reward"), "--total-steps", "1", "--run-dir", str(tmp_path / "on"))
     succeed("train", "grpo", *SMALL, *COMMANDS["grpo"], *more)  # what the run ends with is a reward of the next
 
 

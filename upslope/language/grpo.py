@@ -46,7 +46,7 @@ class GRPO:
     sampling: Sampling = field(default_factory=Sampling)
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-4))
     run: runs.Options = field(default_factory=runs.Config)
-    refresh: Refresh = field(default_factory=Refresh)  # of a reward model (S3 alg 12's outer loop)
+    refresh: Refresh = field(default_factory=Refresh)  # the reward model follows too
     reward: str = "task"  # task, FILE.py:FUNCTION, or a reward model's run
     total_steps: int = 200  # iterations, each of one generation batch
     batch_size: int = 8  # prompts per generation batch
@@ -64,7 +64,7 @@ class GRPO:
     kl_coef: float = 0.0  # β, reward per nat
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    reference_interval: int = 0  # iterations after which π_ref becomes the policy (as above); 0: never
+    reference_interval: int = 0  # iterations after which π_ref becomes the policy (S3 alg 12's outer loop); 0: never
     truncated: rollout.Cut = "terminate"  # a completion cut at the limit: scored, or masked out of the loss
     overlong_buffer: int = 0  # tokens before the limit over which a penalty grows linearly to 1 (DAPO); 0: none
     dynamic_sampling: int = 0  # further generation batches, at most, in place of groups whose rewards are all equal
@@ -238,10 +238,10 @@ def train(config: GRPO, session: Run | None = None) -> Model:
         origin = rollout.source(config, model, config.credit == "process")
         reference = models.reference(model) if config.kl_coef else None
         follower = reference if config.reference_interval else None
-        judge = config.refresh.interval and Refresher(
-            config.refresh, origin, config.data.source, config.run.seed
-        )  # fmt: skip
-        state, numbers = learner.begin(model.network, config, session, follower, judge or None), {}
+        refresher = (
+            Refresher(config.refresh, origin, config.data.source, config.run.seed) if config.refresh.interval else None
+        )
+        state, numbers = learner.begin(model.network, config, session, follower, refresher), {}
         while state.iteration < config.total_steps:
             # 1. collect: G completions of some prompts, judged
             data = collect(origin, config, state.iteration)
@@ -257,19 +257,17 @@ def train(config: GRPO, session: Run | None = None) -> Model:
             spent = data.seconds | {"estimate": estimated - began, "update": time.perf_counter() - estimated}
             rollout.write_samples(session, origin, data, given.psi, state.iteration, config)
             state = state._replace(iteration=state.iteration + 1)
+
+            # the outer loops: what the policy is held to and what judges it become those of now
             if config.reference_interval and state.iteration % config.reference_interval == 0:
                 learner.follow(state)
-            if judge:
-                judge.compare(data, [prompts.decode(model, each) for each in data.completions], config.group_size)
-                numbers |= judge.refresh() if state.iteration % config.refresh.interval == 0 else {}
+            if refresher:
+                refresher.compare(data, [prompts.decode(model, each) for each in data.completions], config.group_size)
+                numbers |= refresher.refresh() if state.iteration % config.refresh.interval == 0 else {}
+
             numbers |= rollout.summary(data) | rollout.shares(spent)
             learner.report(session, state, config, numbers)
-        if judge and session.directory is not None:
-            models.save(
-                judge.scorer.backbone,
-                judge.model.tokenizer,
-                session.directory / "reward" / models.MODEL,
-                judge.scorer.head,
-            )
+        if refresher and session.directory is not None:
+            refresher.save(session.directory / "reward")
         learner.finish(session, state, model.network, model.tokenizer, numbers)
         return model

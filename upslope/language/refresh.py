@@ -7,12 +7,13 @@ reward model takes some gradient steps on these comparisons, mixed with a share 
 
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from upslope.language import learner, models, reward_model, rewards
+from upslope.language import learner, models, prompts, reward_model, rewards
 from upslope.language.learner import AdamW, State
 from upslope.language.rollout import Rollout, Source
 from upslope.runs import settings
@@ -40,7 +41,7 @@ class Refresh:
 
 
 class Comparison(NamedTuple):
-    """Token ids; the judge prefers `chosen`."""
+    """Token ids of the reward model's own, as it scores them; the judge prefers `chosen`."""
 
     prompt: list[int]
     chosen: list[int]
@@ -75,7 +76,8 @@ class Refresher:
         for group, values in enumerate(judged.unflatten(0, (-1, size))):
             if values.max() > values.min():
                 best, worst = group * size + int(values.argmax()), group * size + int(values.argmin())
-                self.fresh.append(Comparison(data.prompts[best], data.completions[best], data.completions[worst]))
+                answers = [prompts.encode_completion(self.model, texts[i]) for i in (best, worst)]
+                self.fresh.append(Comparison(prompts.encode(self.model, data.rows[best]["prompt"]), *answers))
 
     def refresh(self) -> dict[str, float]:
         """Teach the reward model; how often it agreed with the judge on the new comparisons before, and does now."""
@@ -100,6 +102,10 @@ class Refresher:
         score = lambda answers: reward_model.score(self.scorer, self.model, [c.prompt for c in compared], answers)  # noqa: E731
         better = score([c.chosen for c in compared]) > score([c.rejected for c in compared])
         return float(better.double().mean())
+
+    def save(self, directory: Path) -> None:
+        """The reward model as it is, as the directory of a run has it."""
+        models.save(self.scorer.backbone, self.model.tokenizer, directory / models.MODEL, self.scorer.head)
 
     def pack(self) -> dict[str, Tensor]:
         """All of it as tensors."""
