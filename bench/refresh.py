@@ -7,11 +7,10 @@ and after, and what the reward model says of them.
 `python -m bench.refresh --seeds 1 2 3 --out DIR`
 """
 
-import argparse
-import logging
 from dataclasses import replace
 from pathlib import Path
 
+from bench import seeds
 from upslope.language import grpo, models, prompts, reward_model, rollout
 from upslope.language.generation import Sampling
 from upslope.language.learner import AdamW
@@ -47,17 +46,5 @@ def measure(seed: int, steps: int, out: Path) -> dict[str, float]:
     return {f"{name}_{kind}": value for name, both in named.items() for kind, value in both.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for seed in asked.seeds:
-        found = measure(seed, asked.steps, asked.out)
-        logging.info("seed %d: %s", seed, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
-
-
 if __name__ == "__main__":
-    main()
+    seeds.main(measure, __doc__, 200)

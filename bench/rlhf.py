@@ -7,15 +7,14 @@ KL over the last quarter of the iterations, and nats per token of held-out sorti
 `python -m bench.rlhf --seeds 1 2 3 --out DIR`
 """
 
-import argparse
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import torch
 
+from bench import seeds
 from upslope.language import models, ppo, prompts, sft
 from upslope.language.generation import Sampling
 from upslope.language.learner import AdamW
@@ -59,17 +58,5 @@ def measure(seed: int, steps: int, out: Path) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for seed in asked.seeds:
-        found = measure(seed, asked.steps, asked.out)
-        logging.info("seed %d: %s", seed, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
-
-
 if __name__ == "__main__":
-    main()
+    seeds.main(measure, __doc__, 100)
