@@ -114,7 +114,7 @@ class BatchedMDP:
         table = outcomes(self.mdp)
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in table._asdict().items() if np.ndim(v)}
         counts = np.diff(self.mdp.matrix.indptr)
-        if counts.max() <= WIDEST_ROW:  # comparing with a whole short row beats a binary search over all of them
+        if counts.max() <= WIDEST_ROW:  # a search in one short row beats one over all of them
             rows = np.ones((len(counts), counts.max()))
             owner = np.repeat(np.arange(len(counts)), counts)
             rows[owner, np.arange(len(owner)) - table.first[owner]] = table.cdf - owner
@@ -145,15 +145,16 @@ class BatchedMDP:
         row = torch.add(action, state.observation, alpha=self.mdp.num_actions)
         level = 1.0 - (self._uniform(state, stream=0) if noise is None else noise)  # in (0, 1]
         if "rows" in table:
-            entry = table["first"][row] + (table["rows"][row] < level.unsqueeze(-1)).sum(dim=-1)
+            own = table["rows"].index_select(0, row)  # a third of the time of table["rows"][row], as below
+            entry = table["first"].index_select(0, row) + torch.searchsorted(own, level.unsqueeze(-1)).squeeze(-1)
         else:
             entry = torch.maximum(torch.searchsorted(table["cdf"], row + level), table["first"][row])
-        observation, reward = table["next_state"][entry], table["reward"][entry]
+        observation, reward = table["next_state"].index_select(0, entry), table["reward"].index_select(0, entry)
         if "reward_std" in table:
             normal = torch.special.ndtri(self._uniform(state, stream=2).clamp(min=2.0**-54))
             reward = reward + table["reward_std"][row] * normal
         time = state.time + 1
-        terminated = table["terminal"][observation]
+        terminated = table["terminal"].index_select(0, observation)
         if self.mdp.horizon is not None:
             terminated = terminated | (time >= self.mdp.horizon)
         truncated = torch.zeros_like(terminated)
