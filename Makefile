@@ -23,7 +23,8 @@ demo: install  ## train PPO on CartPole to solved; a report and a film to look a
 	$(BIN)/upslope report runs/demo
 
 test: install  ## all tests
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) -m "not alone"
+	$(BIN)/pytest -n 0 -m alone tests
 
 check: format lint types imports docs fast  ## what CI checks before the whole test suite
 
@@ -43,7 +44,8 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fast: install
-	$(BIN)/pytest -n $(JOBS) -m "not slow"
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not alone"
+	$(BIN)/pytest -n 0 -m alone tests
 
 bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta

@@ -96,6 +96,19 @@ def test_noise_is_uniform_independent_and_a_function_of_the_state():
     assert not torch.equal(other.counter, state.counter)
 
 
+def test_noise_drawn_ahead_is_that_of_the_step():
+    """Many steps' numbers are drawn at once: walking on, going back, and two walks in turns meet the same ones."""
+    chains, action = BatchedMDP(wide(5), 1024), torch.zeros(1024, dtype=torch.int64)
+    one, other = (chains.reset(torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first = one
+    for step in range(200):
+        for state in (one, other, first) if step % 3 == 0 else (one,):
+            for stream in range(3):
+                assert torch.equal(chains._uniform(state, stream), chains._hash(state.counter, stream))
+        one = chains.step(one, action)[0]
+        other = chains.step(other, action)[0] if step % 3 == 0 else other
+
+
 def test_long_run_average_of_chains_is_the_stationary_reward():
     """Average reward of 4096 chains over 200 steps against the exact one, within 5 standard errors over chains."""
     from upslope.exact import average_reward
@@ -151,8 +164,9 @@ def test_it_compiles_in_principle():
         assert torch.equal(one, other)
 
 
+@pytest.mark.alone
 def test_five_million_transitions_a_second():
-    """1,024 chains on one thread; the best of several short runs, since other work disturbs the clock."""
+    """1,024 chains on one core, so with nothing else on it; the best of several short runs."""
     mdp = zoo.random_mdp(np.random.default_rng(9), 1000, 4, 10, gamma=0.9)
     chains, threads = BatchedMDP(mdp, 1024), torch.get_num_threads()
     actions = torch.randint(0, 4, (64, 1024), generator=torch.Generator().manual_seed(0))

@@ -161,15 +161,35 @@ class BatchedMDP:
         if self.time_limit is not None:
             truncated = (time >= self.time_limit) & ~terminated
         return (
-            Chains(observation, time, state.counter + _signed(STREAMS * GOLDEN % 2**64)),
+            Chains(observation, time, state.counter + _signed(STRIDE)),
             reward,
             terminated,
             truncated,
         )
 
+    @cached_property
+    def _ahead(self) -> dict[int, tuple[int, Float[Tensor, "steps batch"]]]:
+        """Per stream: a counter, and the uniform numbers of the steps from it on."""
+        return dict.fromkeys(range(STREAMS), (0, torch.empty(0, self.batch, dtype=torch.float64)))
+
     def _uniform(self, state: Chains, stream: int) -> Float[Tensor, " batch"]:
-        """Uniform numbers in [0, 1) with 53 bits, one per chain."""
-        bits = self._table["lanes"][stream] + state.counter
+        """Uniform numbers in [0, 1) with 53 bits, one per chain.
+
+        Small tensors cost their calls, not their arithmetic, so whoever walks on gets many steps' numbers at once.
+        """
+        if torch.compiler.is_compiling():
+            return self._hash(state.counter, stream)
+        counter, (first, block) = int(state.counter), self._ahead[stream]
+        step = (counter - first) * pow(STRIDE, -1, 2**64) % 2**64
+        if step >= len(block):
+            steps = max(1, AHEAD // self.batch) if step == len(block) else 1
+            counters = state.counter + torch.arange(steps).unsqueeze(-1) * _signed(STRIDE)
+            first, block, step = counter, self._hash(counters, stream).view(steps, self.batch), 0
+            self._ahead[stream] = first, block
+        return block[step]
+
+    def _hash(self, counter: Int64[Tensor, "*steps"], stream: int) -> Float[Tensor, "*steps_batch"]:
+        bits = self._table["lanes"][stream] + counter
         bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
         bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
         return (((bits ^ ((bits >> 31) & (2**33 - 1))) >> 11) & (2**53 - 1)).double() * 2.0**-53
@@ -178,6 +198,8 @@ class BatchedMDP:
 WIDEST_ROW = 64
 STREAMS = 3  # transition, start, reward noise
 GOLDEN = 0x9E3779B97F4A7C15
+STRIDE = STREAMS * GOLDEN % 2**64  # of the counter, a step
+AHEAD = 2**16  # uniform numbers drawn at once
 
 
 def _signed(word: int) -> int:
