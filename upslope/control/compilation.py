@@ -32,12 +32,16 @@ def compiled(function: Callable[..., Any], loops: bool = True) -> Callable[..., 
         function: of tensors, in and out.
         loops: there may be a `loop` in it.
     """
+    from upslope.control import products  # Inductor with it, a second that a run that is not compiled need not wait
+
     options: dict[str, Any] = {
         "cpp_wrapper": True,
         "inplace_buffers": not loops,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": "1"},
     }
+    if products.pays():
+        options["post_grad_custom_post_pass"] = products.Products()
     copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,

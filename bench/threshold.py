@@ -1,0 +1,124 @@
+"""Wall time and memory until CartPole is solved, beside Stable-Baselines3 with the same settings, process by process.
+
+A run is a fresh process: imports, environments, compilation and every step until the mean return of the last 100
+training episodes reaches 475 count. Seed by seed, in turns: the peer, Upslope with an empty compile cache, with the
+cache that this left, eager, and with a tensor environment (whose cache is warm too).
+Run: `taskset -c 0 python -m bench.threshold --peer PYTHON --seeds 0 1 2 3 4 5 6 7 8 9`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from upslope.runs import metrics
+
+THRESHOLD, STEPS = 475.0, 100_000
+
+PEER = f"""
+import sys, torch
+torch.set_num_threads(1)
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+class Solved(BaseCallback):
+    def _on_step(self):
+        return True
+    def _on_rollout_end(self):
+        last = [episode["r"] for episode in self.model.ep_info_buffer]
+        if len(last) == 100 and sum(last) / 100 >= {THRESHOLD}:
+            print(self.num_timesteps, flush=True)
+            sys.exit()
+
+seed = int(sys.argv[1])
+PPO("MlpPolicy", make_vec_env("CartPole-v1", 8, seed=seed), n_steps=32, batch_size=256, n_epochs=20, gamma=0.98,
+    gae_lambda=0.8, ent_coef=0.0, learning_rate=lambda left: 1e-3 * left, clip_range=lambda left: 0.2 * left, seed=seed,
+    device="cpu").learn({STEPS}, callback=Solved())
+"""
+
+
+class Solved(NamedTuple):
+    """One process."""
+
+    seconds: float  # from its start until the threshold is seen, or until its end
+    steps: int | None  # of the environment by then; None: it ended below the threshold
+    megabytes: float  # its largest resident set, that of compilers it started not included
+
+
+def peer(python: str, seed: int) -> Solved:
+    """Stable-Baselines3; it ends itself."""
+    began = time.perf_counter()
+    process = subprocess.Popen([python, "-W", "ignore", "-c", PEER, str(seed)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    usage = os.wait4(process.pid, 0)[2]
+    process.returncode = 0  # it was waited for
+    return Solved(time.perf_counter() - began, int(printed) if printed else None, usage.ru_maxrss / 1024)
+
+
+def upslope(seed: int, cache: str, *flags: str) -> Solved:
+    """The CartPole preset, from the command line; its metrics are watched, and it is ended when they say so."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        command = [str(Path(sys.executable).parent / "upslope"), "train", "ppo", "--env", "CartPole-v1", "--quiet"]
+        command += ["--seed", str(seed), "--run-dir", str(run), *flags]
+        began = time.perf_counter()
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        steps, seen, ended = None, 0, False
+        while steps is None and not ended:
+            time.sleep(0.05)
+            pid, _, usage = os.wait4(process.pid, os.WNOHANG)
+            ended = pid != 0
+            if (run / metrics.METRICS).exists():
+                with (run / metrics.METRICS).open("rb") as file:
+                    file.seek(seen)
+                    lines = file.read()
+                lines = lines[: lines.rfind(b"\n") + 1]
+                seen += len(lines)
+                rows = [json.loads(line) for line in lines.splitlines()]
+                steps = next((row["step"] for row in rows if row.get("episode_return", 0.0) >= THRESHOLD), None)
+        seconds = time.perf_counter() - began
+        if not ended:
+            process.kill()
+            usage = os.wait4(process.pid, 0)[2]
+        process.returncode = 0  # it was waited for
+        return Solved(seconds, steps, usage.ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", required=True, help="a Python that has stable-baselines3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    asked = parser.parse_args()
+    found: dict[str, list[Solved]] = {name: [] for name in ("peer", "cold", "warm", "eager", "tensor")}
+    with tempfile.TemporaryDirectory() as spare:
+        tensor = ["--compile", "--environment.vectorization", "tensor"]
+        upslope(0, spare, *tensor)
+        for seed in asked.seeds:
+            with tempfile.TemporaryDirectory() as cache:
+                found["peer"].append(peer(asked.peer, seed))
+                found["cold"].append(upslope(seed, cache, "--compile"))
+                found["warm"].append(upslope(seed, cache, "--compile"))
+            found["eager"].append(upslope(seed, spare, "--no-compile"))
+            found["tensor"].append(upslope(seed, spare, *tensor))
+            print(json.dumps({"seed": seed} | {name: runs[-1] for name, runs in found.items()}), flush=True)
+    theirs = sum(run.seconds for run in found["peer"])
+    for name, runs in found.items():
+        share = sum(run.seconds for run in runs) / theirs
+        middle, steps = median(run.seconds for run in runs), median(run.steps or STEPS for run in runs)
+        size, missed = median(run.megabytes for run in runs), sum(run.steps is None for run in runs)
+        print(
+            f"{name:7} {middle:6.1f} s, {share:.0%} of the peer's, {steps:,.0f} steps, {size:.0f} MB, {missed} missed"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Products by oneDNN in compiled programs: the same numbers, only where matrices are large."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from upslope.control import compilation, products
+from upslope.control.products import Products
+
+if not torch.backends.mkldnn.is_available():
+    pytest.skip("this PyTorch has no oneDNN", allow_module_level=True)
+
+
+class Counting(Products):
+    """Notes how many products a graph has after the pass."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        super().__call__(graph)
+        self.found.append(sum(node.target is torch.ops.upslope.product.default for node in graph.nodes))
+
+    def uuid(self) -> None:
+        """None: the graph is not taken from the cache, where no pass would run."""
+
+
+def test_large_products_are_replaced_and_equal_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    counting = Counting()
+
+    def step(x: Tensor, w: Tensor, bias: Tensor, g: Tensor, twin: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        return (
+            torch.addmm(bias, x.tanh(), w.t()),  # a layer
+            g @ w,  # its inputs' gradient
+            (g + 1.0).t() @ x,  # its weights'
+            torch.bmm(twin, (twin * 2.0).transpose(1, 2)),  # twin critics
+            small @ small,
+            (w @ w).t() @ w.t(),  # a product of a product
+        )  # fmt: skip
+
+    given = draw(96, 320), draw(320, 320), draw(320), draw(96, 320), draw(2, 256, 300), draw(64, 64)
+    program = torch.compile(
+        step, fullgraph=True, options={"cpp_wrapper": True, "post_grad_custom_post_pass": counting}
+    )  # fmt: skip
+    for ours, exact in zip(program(*given), step(*(part.double() for part in given)), strict=True):
+        scale = float(exact.abs().max())
+        assert float((ours - exact).abs().max()) < 1e-5 * scale
+        assert ours.shape == exact.shape
+    assert counting.found == [7]  # the bmm is two of them
+
+
+def test_a_compiled_gradient_step_is_the_same_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a 256×256 network, its gradient against float64's."""
+    monkeypatch.setattr(products, "pays", lambda: True)
+    generator = torch.Generator().manual_seed(1)
+    x, first, second = (torch.randn(shape, generator=generator) for shape in ((256, 256), (256, 256), (256, 256)))
+
+    def loss(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+        return ((x @ first / 16.0).tanh() @ second / 16.0).square().mean()
+
+    def gradient(first: Tensor, second: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(loss, argnums=(0, 1))(first, second, x)
+
+    ours = compilation.compiled(gradient, loops=False)(first, second, x)
+    for part, exact in zip(ours, gradient(first.double(), second.double(), x.double()), strict=True):
+        assert float((part - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_where_they_pay(monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool) -> None:
+    monkeypatch.setattr(products.Path, "read_text", lambda *_: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(products.Path, "exists", lambda _: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products.pays.__wrapped__() is expected

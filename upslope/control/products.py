@@ -1,0 +1,116 @@
+"""Matrix products of compiled programs by oneDNN instead of MKL, where that is faster.
+
+MKL keeps half of the vector width of an AMD processor with AVX-512 unused: 100 GFLOP/s of float32 where oneDNN reaches
+210. Inductor asks MKL for every product and oneDNN only for products with frozen weights, so large products are
+replaced in its graph. Small ones cost their call.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+SMALLEST = 64 * 256 * 256  # rows × inner × columns of a product that oneDNN makes faster, its call included
+MANY = 4  # products of one bmm that are called one by one
+_library = torch.library.Library("upslope", "DEF")
+
+
+@functools.cache
+def pays() -> bool:
+    """Is this a processor that MKL is slow on?"""
+    cpus = Path("/proc/cpuinfo")
+    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+class Products(CustomGraphPass):
+    """The pass over a graph: `mm`, `addmm` and `bmm` of large float32 matrices become `upslope::product`."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        aten = torch.ops.aten
+        for node in [*graph.find_nodes(op="call_function", target=aten.mm.default)]:
+            _replace(graph, node, *node.args)
+        for node in [*graph.find_nodes(op="call_function", target=aten.addmm.default)]:
+            if not node.kwargs and node.args[0].meta["val"].ndim == 1:
+                bias, a, b = node.args
+                _replace(graph, node, a, b, bias)
+        for node in [*graph.find_nodes(op="call_function", target=aten.bmm.default)]:
+            _unroll(graph, node, *node.args)
+
+    def uuid(self) -> Any:
+        """Part of the key that a program is kept under."""
+        return get_hash_for_files((__file__,))
+
+
+def _large(left: Tensor, right: Tensor) -> bool:
+    size = left.shape[-2] * left.shape[-1] * right.shape[-1]
+    return left.dtype == torch.float32 and left.device.type == "cpu" and isinstance(size, int) and size >= SMALLEST
+
+
+def _replace(graph: fx.Graph, node: fx.Node, a: Any, b: Any, bias: Any = None) -> None:
+    if _large(a.meta["val"], b.meta["val"]):
+        with graph.inserting_before(node):
+            _put(graph, node, _product(graph, a, b, bias))
+
+
+def _unroll(graph: fx.Graph, node: fx.Node, a: Any, b: Any) -> None:
+    """A product for each of a few: twin critics."""
+    count = a.meta["val"].shape[0]
+    if _large(a.meta["val"], b.meta["val"]) and count <= MANY:
+        with graph.inserting_before(node):
+            aten = torch.ops.aten
+            pairs = [[_call(graph, aten.select.int, whole, 0, i) for whole in (a, b)] for i in range(count)]
+            rows = [_call(graph, aten.unsqueeze.default, _product(graph, *pair), 0) for pair in pairs]
+            _put(graph, node, _call(graph, aten.cat.default, rows))
+
+
+def _product(graph: fx.Graph, a: Any, b: Any, bias: Any = None) -> fx.Node:
+    _lowering()
+    return _call(
+        graph, torch.ops.upslope.product.default, a, _call(graph, torch.ops.aten.permute.default, b, [1, 0]), bias
+    )
+
+
+def _call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
+    node = graph.call_function(target, arguments)
+    node.meta["val"] = target(*fx.map_arg(arguments, lambda given: given.meta["val"]))
+    return node
+
+
+def _put(graph: fx.Graph, node: fx.Node, instead: fx.Node) -> None:
+    node.replace_all_uses_with(instead)
+    graph.erase_node(node)
+
+
+_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_library, "product", "CPU")
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a bᵀ + bias."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@torch.library.impl(_library, "product", "Meta")
+def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0])
+
+
+@functools.cache
+def _lowering() -> None:
+    """Tell Inductor how a product is called from C++: as it calls a linear layer with frozen weights."""
+    from torch._inductor import ir, lowering
+    from torch._inductor.mkldnn_ir import LinearUnary, _create_output_node
+
+    @lowering.register_lowering(torch.ops.upslope.product.default, type_promotion_kind=None)
+    def lower(a: Any, b: Any, bias: Any) -> Any:
+        inputs = [LinearUnary.realize_input(part) for part in (a, b, bias) if part is not None]
+        constants = ["none", [-1], ""] if bias is not None else [None, "none", [-1], ""]
+        size = [a.get_size()[0], b.get_size()[0]]
+        layout = ir.FixedLayout(device=a.get_device(), dtype=a.get_dtype(), size=size)
+        return ir.TensorBox.create(
+            _create_output_node(LinearUnary(layout=layout, inputs=inputs, constant_args=constants))
+        )
