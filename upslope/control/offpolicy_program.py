@@ -81,7 +81,7 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
 
-    return compilation.compiled(choice, loops=False)
+    return compilation.direct(choice)
 
 
 def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) -> tuple[State, Any, dict[str, float]]:

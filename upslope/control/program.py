@@ -134,7 +134,7 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
         inside: Any = Collected(data)
         return iterate(State(theta, memory, inside, 0, 0, {}), pure, given, config)
 
-    act, program = compiled(choice), compiled(iteration)
+    act, program = compilation.direct(choice), compiled(iteration)
 
     def run(state: State) -> Iteration:
         data, world = learner.collect(net, state, config, config.rollout_length, act=act)
