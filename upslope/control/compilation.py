@@ -43,7 +43,7 @@ def compiled(function: Callable[..., Any], loops: bool = True) -> Callable[..., 
 
 
 def direct(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As `compiled`, for a function without a `loop` that is called often and gives one tensor.
+    """As `compiled`, for a function of tensors without a `loop` that is called often and gives one tensor.
 
     Only its first call goes through Dynamo, which looks at every call's arguments and takes half of a small one's time.
     """
@@ -65,6 +65,10 @@ def _trace(
     """Inductor's program, and what it takes: places among the leaves, and tensors that the function holds."""
     from torch._inductor.compile_fx import compile_fx
 
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    assert len({id(leaf) for leaf in tensors}) == len(tensors), (
+        "one tensor in two places: which is which in later calls?"
+    )
     found: list[Any] = []
 
     def backend(graph: Any, examples: Any) -> Callable[..., Any]:
