@@ -85,6 +85,8 @@ def draw(points: list[Point]) -> Figure:
         chosen = [point for point in points if point.axis == axis]
         panel.loglog([p.value for p in chosen], [p.bound for p in chosen], "--", color="0.5", label="bound")
         panel.loglog([p.value for p in chosen], [p.rate for p in chosen], "o-", color="C2", label="measured")
+        panel.set_xticks([p.value for p in chosen], [str(p.value) for p in chosen])
+        panel.minorticks_off()
         panel.set_xlabel(axis)
         if place == 0:
             panel.set_ylabel("environment steps a second")
