@@ -60,7 +60,8 @@ def flops(config: ppo.PPO) -> float:
     trunk = sum(a * b for a, b in itertools.pairwise(widths))
     policy, critic = trunk + 2 * widths[-1], trunk + widths[-1]
     both = policy + critic
-    return 2.0 * (policy + both + critic + both) + 6.0 * both * config.num_epochs
+    unneeded = 2 * widths[0] * widths[1]  # the gradient of the observation, of both networks
+    return 2.0 * (policy + both + critic + both) + (6.0 * both - 2.0 * unneeded) * config.num_epochs
 
 
 def peak() -> float:

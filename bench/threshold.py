@@ -49,7 +49,7 @@ class Solved(NamedTuple):
 
     seconds: float  # from its start until the threshold is seen, or until its end
     steps: int | None  # of the environment by then; None: it ended below the threshold
-    megabytes: float  # its largest resident set, that of compilers it started not included
+    megabytes: float  # the largest resident set of it or of a compiler that it waited for
 
 
 def peer(python: str, seed: int) -> Solved:
@@ -57,10 +57,13 @@ def peer(python: str, seed: int) -> Solved:
     began = time.perf_counter()
     process = subprocess.Popen([python, "-W", "ignore", "-c", PEER, str(seed)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    printed = process.stdout.read()
-    usage = os.wait4(process.pid, 0)[2]
-    process.returncode = 0  # it was waited for
-    return Solved(time.perf_counter() - began, int(printed) if printed else None, usage.ru_maxrss / 1024)
+    printed = process.stdout.readline()
+    seconds = time.perf_counter() - began
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"Stable-Baselines3 ended with {process.returncode}")
+    return Solved(seconds, int(printed) if printed else None, usage.ru_maxrss / 1024)
 
 
 def upslope(seed: int, cache: str, *flags: str) -> Solved:
@@ -75,8 +78,10 @@ def upslope(seed: int, cache: str, *flags: str) -> Solved:
         steps, seen, ended = None, 0, False
         while steps is None and not ended:
             time.sleep(0.05)
-            pid, _, usage = os.wait4(process.pid, os.WNOHANG)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             ended = pid != 0
+            if ended and status:
+                raise RuntimeError(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
             if (run / metrics.METRICS).exists():
                 with (run / metrics.METRICS).open("rb") as file:
                     file.seek(seen)
@@ -84,7 +89,7 @@ def upslope(seed: int, cache: str, *flags: str) -> Solved:
                 lines = lines[: lines.rfind(b"\n") + 1]
                 seen += len(lines)
                 rows = [json.loads(line) for line in lines.splitlines()]
-                steps = next((row["step"] for row in rows if row.get("episode_return", 0.0) >= THRESHOLD), None)
+                steps = next((row["step"] for row in rows if (row.get("episode_return") or 0.0) >= THRESHOLD), None)
         seconds = time.perf_counter() - began
         if not ended:
             process.kill()

@@ -7,7 +7,7 @@ from upslope.control import compilation
 
 
 def test_arguments_go_where_they_belong() -> None:
-    """Used in another order than given, one unused, one the function's own, two of one shape."""
+    """Used in another order than given, one unused, one the function's own, all of one shape, a dict's in any order."""
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(3, generator=generator)
 
@@ -15,9 +15,10 @@ def test_arguments_go_where_they_belong() -> None:
         return seen["b"] * own + seen["a"] - subtrahend / (minuend.square() + 1.0)
 
     program = compilation.direct(function)
-    for _ in range(4):
+    for turn in range(4):
         given = torch.randn(5, 3, generator=generator).unbind()
-        inputs = (given[0], given[1], {"a": given[2], "b": given[3]}, given[4])
+        seen = {"a": given[2], "b": given[3]} if turn % 2 else {"b": given[3], "a": given[2]}
+        inputs = (given[0], given[1], seen, given[4])
         torch.testing.assert_close(program(*inputs), function(*inputs))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upslope.control import compilation, products
+from upslope.control import compilation
 from upslope.control.products import Products
 
 if not torch.backends.mkldnn.is_available():
@@ -37,6 +37,7 @@ def test_large_products_are_replaced_and_equal_float64() -> None:
             (g + 1.0).t() @ x,  # its weights'
             torch.bmm(twin, (twin * 2.0).transpose(1, 2)),  # twin critics
             small @ small,
+            torch.addmm(bias[:1], x, w.t()),  # a bias of one number for all columns
             (w @ w).t() @ w.t(),  # a product of a product
         )  # fmt: skip
 
@@ -48,12 +49,12 @@ def test_large_products_are_replaced_and_equal_float64() -> None:
         scale = float(exact.abs().max())
         assert float((ours - exact).abs().max()) < 1e-5 * scale
         assert ours.shape == exact.shape
-    assert counting.found == [7]  # the bmm is two of them
+    assert counting.found == [7]  # the bmm is two of them; the small and the one number's are none
 
 
 def test_a_compiled_gradient_step_is_the_same_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of a 256×256 network, its gradient against float64's."""
-    monkeypatch.setattr(products, "pays", lambda: True)
+    monkeypatch.setattr(compilation, "onednn_pays", lambda: True)
     generator = torch.Generator().manual_seed(1)
     x, first, second = (torch.randn(shape, generator=generator) for shape in ((256, 256), (256, 256), (256, 256)))
 
@@ -73,7 +74,7 @@ def test_a_compiled_gradient_step_is_the_same_with_them(monkeypatch: pytest.Monk
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
 def test_where_they_pay(monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool) -> None:
-    monkeypatch.setattr(products.Path, "read_text", lambda *_: f"vendor_id\t: {vendor}\n")
-    monkeypatch.setattr(products.Path, "exists", lambda _: True)
+    monkeypatch.setattr(compilation.Path, "read_text", lambda *_: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(compilation.Path, "exists", lambda _: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert products.pays.__wrapped__() is expected
+    assert compilation.onednn_pays.__wrapped__() is expected

@@ -1,5 +1,6 @@
 """Compiled programs: how they are made, where they are kept, and whether a run is long enough to be worth one."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from upslope.runs import settings
 from upslope.runs.run import Run
@@ -46,11 +46,12 @@ def direct(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As `compiled`, for a function of tensors without a `loop` that is called often and gives one tensor.
 
     Only its first call goes through Dynamo, which looks at every call's arguments and takes half of a small one's time.
+    Arguments that are numbers or None stay what they were then.
     """
     made: list[tuple[Callable[..., Any], list[int | Tensor]]] = []
 
     def program(*inputs: Any) -> Tensor:
-        leaves: Any = inputs if all(isinstance(part, Tensor) for part in inputs) else pytree.tree_leaves(inputs)
+        leaves = _leaves(inputs)
         if not made:
             made.append(_trace(function, inputs, leaves))
         inner, takes = made[0]
@@ -59,15 +60,25 @@ def direct(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return program
 
 
+def _leaves(inputs: tuple[Any, ...]) -> list[Any]:
+    """The arguments, those of a dict in the order of its names."""
+    leaves: list[Any] = []
+    for part in inputs:
+        leaves.extend(part[name] for name in sorted(part)) if isinstance(part, dict) else leaves.append(part)
+    return leaves
+
+
 def _trace(
     function: Callable[..., Tensor], inputs: tuple[Any, ...], leaves: list[Any]
 ) -> tuple[Callable[..., Any], list[int | Tensor]]:
     """Inductor's program, and what it takes: places among the leaves, and tensors that the function holds."""
     from torch._inductor.compile_fx import compile_fx
 
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    assert len({id(leaf) for leaf in tensors}) == len(tensors), (
-        "one tensor in two places: which is which in later calls?"
+    place = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    known = (Tensor, float, int, type(None))
+    assert all(isinstance(leaf, known) for leaf in leaves), "tensors, dicts of tensors, and what stays as it is"
+    assert len(place) == sum(isinstance(leaf, Tensor) for leaf in leaves), (
+        "one tensor in two places: which is it later?"
     )
     found: list[Any] = []
 
@@ -75,14 +86,13 @@ def _trace(
         inner: Any = compile_fx(graph, examples, config_patches=_options())
 
         def first(*given: Tensor) -> Any:
-            place = {id(leaf): i for i, leaf in enumerate(leaves)}
             found.append((inner, [place.get(id(part), part) for part in given]))
             return inner(*given)
 
         return first
 
     torch.compile(_copy(function), backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    return found[0]
+    return found.pop()  # Dynamo keeps the backend, which is to keep nothing else
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,10 +103,20 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _options() -> dict[str, Any]:
     """What all programs are compiled with."""
-    from upslope.control import products  # Inductor with it, a second that a run that is not compiled need not wait
-
     options: dict[str, Any] = {"cpp_wrapper": True}
-    return options | ({"post_grad_custom_post_pass": products.Products()} if products.pays() else {})
+    if onednn_pays():
+        from upslope.control.products import Products  # Inductor with it, a second
+
+        options["post_grad_custom_post_pass"] = Products()
+    return options
+
+
+@functools.cache
+def onednn_pays() -> bool:
+    """Is this a processor that MKL is slow on, so that large products are oneDNN's (products.py)?"""
+    cpus = Path("/proc/cpuinfo")
+    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
 def cache() -> Path:
@@ -138,5 +158,7 @@ def _key(config: Any) -> str:
     described = settings.to_json(config)
     for name in ("run", "total_steps"):
         described.pop(name, None)
-    text = json.dumps([described, torch.__version__], sort_keys=True, default=repr)  # kwargs may hold objects
+    products = hashlib.sha256(Path(__file__).with_name("products.py").read_bytes()).hexdigest()
+    told = [described, torch.__version__, products if onednn_pays() else None]
+    text = json.dumps(told, sort_keys=True, default=repr)  # kwargs may hold objects
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ replaced in its graph. Small ones cost their call.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,6 @@ MANY = 4  # products of one bmm that are called one by one
 _library = torch.library.Library("upslope", "DEF")
 
 
-@functools.cache
-def pays() -> bool:
-    """Is this a processor that MKL is slow on?"""
-    cpus = Path("/proc/cpuinfo")
-    amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-
-
 class Products(CustomGraphPass):
     """The pass over a graph: `mm`, `addmm` and `bmm` of large float32 matrices become `upslope::product`."""
 
@@ -34,7 +25,7 @@ class Products(CustomGraphPass):
         for node in [*graph.find_nodes(op="call_function", target=aten.mm.default)]:
             _replace(graph, node, *node.args)
         for node in [*graph.find_nodes(op="call_function", target=aten.addmm.default)]:
-            if not node.kwargs and node.args[0].meta["val"].ndim == 1:
+            if not node.kwargs and node.args[0].meta["val"].shape == node.meta["val"].shape[1:]:  # no number for all
                 bias, a, b = node.args
                 _replace(graph, node, a, b, bias)
         for node in [*graph.find_nodes(op="call_function", target=aten.bmm.default)]:

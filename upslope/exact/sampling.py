@@ -182,7 +182,7 @@ class BatchedMDP:
         counter, (first, block) = int(state.counter), self._ahead[stream]
         step = (counter - first) * pow(STRIDE, -1, 2**64) % 2**64
         if step >= len(block):
-            steps = max(1, AHEAD // self.batch) if step == len(block) else 1
+            steps = max(1, min(AHEAD // self.batch, 2 * len(block))) if step == len(block) else 1
             counters = state.counter + torch.arange(steps).unsqueeze(-1) * _signed(STRIDE)
             first, block, step = counter, self._hash(counters, stream).view(steps, self.batch), 0
             self._ahead[stream] = first, block
