@@ -1,8 +1,8 @@
 """Wall time and memory until CartPole is solved, beside Stable-Baselines3 with the same settings, process by process.
 
 A run is a fresh process: imports, environments, compilation and every step until the mean return of the last 100
-training episodes reaches 475 count. Seed by seed, in turns: the peer, Upslope with an empty compile cache, with the
-cache that this left, eager, and with a tensor environment (whose cache is warm too).
+training episodes reaches 475 count. Seed by seed, in turns: the peer, and Upslope eager, compiled with a filled cache,
+the same with a tensor environment, and compiled with an empty cache.
 Run: `taskset -c 0 python -m bench.threshold --peer PYTHON --seeds 0 1 2 3 4 5 6 7 8 9`.
 """
 
@@ -20,6 +20,12 @@ from typing import NamedTuple
 from upslope.runs import metrics
 
 THRESHOLD, STEPS = 475.0, 100_000
+WAYS = {
+    "eager": ("--no-compile",),
+    "warm": ("--compile",),
+    "tensor": ("--compile", "--environment.vectorization", "tensor"),
+    "cold": ("--compile",),
+}
 
 PEER = f"""
 import sys, torch
@@ -55,7 +61,9 @@ class Solved(NamedTuple):
 def peer(python: str, seed: int) -> Solved:
     """Stable-Baselines3; it ends itself."""
     began = time.perf_counter()
-    process = subprocess.Popen([python, "-W", "ignore", "-c", PEER, str(seed)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [python, "-W", "ignore", "-c", PEER, str(seed)], env=_environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     printed = process.stdout.readline()
     seconds = time.perf_counter() - began
@@ -73,8 +81,12 @@ def upslope(seed: int, cache: str, *flags: str) -> Solved:
         command = [str(Path(sys.executable).parent / "upslope"), "train", "ppo", "--env", "CartPole-v1", "--quiet"]
         command += ["--seed", str(seed), "--run-dir", str(run), *flags]
         began = time.perf_counter()
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            env=_environment() | {"TORCHINDUCTOR_CACHE_DIR": cache},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         steps, seen, ended = None, 0, False
         while steps is None and not ended:
             time.sleep(0.05)
@@ -98,22 +110,26 @@ def upslope(seed: int, cache: str, *flags: str) -> Solved:
         return Solved(seconds, steps, usage.ru_maxrss / 1024)
 
 
+def _environment() -> dict[str, str]:
+    """Of both: Python may keep what it compiles of modules, as it does for who installs them."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", required=True, help="a Python that has stable-baselines3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     asked = parser.parse_args()
-    found: dict[str, list[Solved]] = {name: [] for name in ("peer", "cold", "warm", "eager", "tensor")}
-    with tempfile.TemporaryDirectory() as spare:
-        tensor = ["--compile", "--environment.vectorization", "tensor"]
-        upslope(0, spare, *tensor)
+    found: dict[str, list[Solved]] = {"peer": [], **{way: [] for way in asked.ways}}
+    with tempfile.TemporaryDirectory() as filled:
+        for way in asked.ways:
+            upslope(0, filled, *WAYS[way])  # fills the cache
         for seed in asked.seeds:
-            with tempfile.TemporaryDirectory() as cache:
-                found["peer"].append(peer(asked.peer, seed))
-                found["cold"].append(upslope(seed, cache, "--compile"))
-                found["warm"].append(upslope(seed, cache, "--compile"))
-            found["eager"].append(upslope(seed, spare, "--no-compile"))
-            found["tensor"].append(upslope(seed, spare, *tensor))
+            found["peer"].append(peer(asked.peer, seed))
+            for way in asked.ways:
+                with tempfile.TemporaryDirectory() as empty:
+                    found[way].append(upslope(seed, empty if way == "cold" else filled, *WAYS[way]))
             print(json.dumps({"seed": seed} | {name: runs[-1] for name, runs in found.items()}), flush=True)
     theirs = sum(run.seconds for run in found["peer"])
     for name, runs in found.items():
