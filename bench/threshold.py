@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from upslope.bench import control
 from upslope.runs import metrics
 
 THRESHOLD, STEPS = 475.0, 100_000
@@ -27,8 +28,10 @@ WAYS = {
     "cold": ("--compile",),
 }
 
+W1 = next(workload for workload in control.WORKLOADS if workload.name == "W1")  # the CartPole preset
+
 PEER = f"""
-import sys, torch
+import json, sys, torch
 torch.set_num_threads(1)
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -43,10 +46,10 @@ class Solved(BaseCallback):
             print(self.num_timesteps, flush=True)
             sys.exit()
 
-seed = int(sys.argv[1])
-PPO("MlpPolicy", make_vec_env("CartPole-v1", 8, seed=seed), n_steps=32, batch_size=256, n_epochs=20, gamma=0.98,
-    gae_lambda=0.8, ent_coef=0.0, learning_rate=lambda left: 1e-3 * left, clip_range=lambda left: 0.2 * left, seed=seed,
-    device="cpu").learn({STEPS}, callback=Solved())
+seed, given = int(sys.argv[1]), json.loads(sys.argv[2])
+settings = {{k: (lambda left, x=v[0]: left * x) if isinstance(v, list) else v for k, v in given.items()}}
+envs = make_vec_env("CartPole-v1", settings.pop("n_envs"), seed=seed)
+PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings).learn({STEPS}, callback=Solved())
 """
 
 
@@ -62,7 +65,10 @@ def peer(python: str, seed: int) -> Solved:
     """Stable-Baselines3; it ends itself."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [python, "-W", "ignore", "-c", PEER, str(seed)], env=_environment(), stdout=subprocess.PIPE, text=True
+        [python, "-W", "ignore", "-c", PEER, str(seed), json.dumps(W1.peer)],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     printed = process.stdout.readline()

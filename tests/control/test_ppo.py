@@ -266,11 +266,15 @@ def test_atari_runs_end_to_end(environment_id: str) -> None:
     assert agent.net.module.critic.torso is None  # one Nature-CNN for both
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
-def test_learns_cartpole(seed: int) -> None:
-    """30k of the preset's 100k steps: a policy that does not learn stays near 20; 24 seeds reached 134 to 500."""
-    config = replace(presets.PPO_PRESETS["CartPole-v1"], total_steps=30_000, run=replace(QUIET, seed=seed))
-    assert ppo.train(config).evaluate(20).summary()["mean_return"] >= 100
+def test_learns_cartpole() -> None:
+    """30k of the preset's 100k steps: a policy that does not learn stays near 20."""
+    returns = []
+    for seed in (11, 12, 13):
+        config = replace(presets.PPO_PRESETS["CartPole-v1"], total_steps=30_000, run=replace(QUIET, seed=seed))
+        returns.append(ppo.train(config).evaluate(20).summary()["mean_return"])
+    assert sorted(returns)[1] >= 300
+    assert np.mean(returns) >= 300
+    assert min(returns) >= 100
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def _sac(environment_id: str, learning_rate: float, total_steps: int, **own: Any
 SAC_PRESETS: dict[str, SAC] = {
     "Pendulum-v1": _sac("Pendulum-v1", 1e-3, 20_000),
     "MountainCarContinuous-v0": _sac(
-        "MountainCarContinuous-v0", 3e-4, 100_000,  # the Zoo's 50,000 are too few on one seed of five
+        "MountainCarContinuous-v0", 3e-4, 100_000,  # the Zoo's 50,000 were too few on one seed of three
         network=actors.Stochastic(hidden=(64, 64), state_dependent_noise=True),
         replay_capacity=50_000, learning_starts=0, train_interval=32, gradient_steps=32, batch_size=512, gamma=0.9999,
         target_tau=0.01, alpha=0.1, learn_alpha=False,

@@ -62,9 +62,8 @@ def chosen(config: Any, session: Run) -> bool:
     step = session.restored.step if session.restored else 0
     batch = config.environment.num_envs * config.rollout_length
     gradient_steps = config.num_epochs * -(-batch // config.minibatch_size)
-    seconds = (
-        gradient_steps * 4.5e-4 + config.rollout_length * 5e-5
-    )  # an iteration saves: measured, CartPole on one core
+    # what an iteration saves: measured, CartPole on one core
+    seconds = gradient_steps * 4.5e-4 + config.rollout_length * 5e-5
     return compilation.decide(session, config, (config.total_steps - step) / batch * seconds, _obstacle(config))
 
 
