@@ -11,7 +11,7 @@ import torch
 from tests.control.test_kill import kill_when, same
 from tests.program import command, succeed
 from upslope.control import environments, fast_ppo, learner, networks, normalization, optimizers, ppo
-from upslope.control.compilation import compiled
+from upslope.control.ahead import compiled
 from upslope.control.loop import loop
 from upslope.control.parameters import Net
 from upslope.runs import run as runs

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from upslope.control import compilation
+from upslope.control import ahead
 
 
 def test_arguments_go_where_they_belong() -> None:
@@ -16,7 +16,7 @@ def test_arguments_go_where_they_belong() -> None:
     def function(unused: Tensor, minuend: Tensor, seen: dict[str, Tensor], subtrahend: Tensor) -> Tensor:
         return seen["b"] * own + seen["a"] - subtrahend / (minuend.square() + 1.0)
 
-    program = compilation.direct(function)
+    program = ahead.compiled(function)
     for turn in range(4):
         given = torch.randn(5, 3, generator=generator).unbind()
         seen = {"a": given[2], "b": given[3]} if turn % 2 else {"b": given[3], "a": given[2]}
@@ -28,7 +28,7 @@ def test_two_programs_of_one_function_are_apart() -> None:
     """A closure's two functions share their code; each keeps what it holds."""
 
     def scaled(by: Tensor) -> Callable[..., Tensor]:
-        return compilation.direct(lambda x: x.exp() * by)
+        return ahead.compiled(lambda x: x.exp() * by)
 
     one, two, x = scaled(torch.tensor(1.0)), scaled(torch.tensor(2.0)), torch.arange(3.0)
     for _ in range(2):

@@ -7,15 +7,17 @@ next goes in as a tensor: all θs, the optimisers' memories, the batch, noise, a
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upslope.control import compilation
+from upslope.control import ahead, compilation
 from upslope.control.offpolicy import Act, Config, State
 from upslope.control.parameters import Net
 from upslope.control.replay import Batch
+from upslope.runs import run as runs
 from upslope.runs.run import Run
 
 Learn = Callable[..., tuple[State, Any, dict[str, float]]]
@@ -40,7 +42,7 @@ def of(learn: Learn, nets: Any, config: Config, session: Run) -> Learn:
     interval = config.train_interval * config.environment.num_envs
     each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
     saves = (config.total_steps - step) * each * SAVES
-    return compiled(learn, nets, config) if compilation.decide(session, config, saves, None) else learn
+    return compiled(learn, nets, config) if compilation.decide(session, _inside(config), saves, None) else learn
 
 
 def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
@@ -50,6 +52,7 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
         ValueError: a gradient that is not finite; θs are then not to be used any more.
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    bare, settings = _pure(nets), _inside(config)
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
@@ -57,10 +60,10 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
         ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
             nothing: Any = None
             inside = State(theta, others, memories, nothing, nothing, 0, step, 0)
-            after, part, numbers = learn(inside, _pure(nets, others), batch, noise, config, *fixed)
+            after, part, numbers = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
             return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
 
-        return compilation.compiled(gradient_step, loops=False)
+        return ahead.compiled(gradient_step, loops=False)
 
     def run(
         state: State, nets: Any, batch: Batch, noise: Any, config: Config, *fixed: Any
@@ -81,7 +84,7 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
 
-    return compilation.direct(choice)
+    return ahead.compiled(choice, loops=False)
 
 
 def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) -> tuple[State, Any, dict[str, float]]:
@@ -102,9 +105,19 @@ def _number(value: float) -> Any:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _pure(nets: Any, others: dict[str, Tensor]) -> Any:
-    """The nets as functions of the θs that the program is given, the judge's among them."""
+def _inside(config: Config) -> Any:
+    """The settings that a gradient step is compiled with: the same wherever a run is kept."""
+    return replace(config, run=runs.Config())  # type: ignore[type-var]
+
+
+def _pure(nets: Any) -> Any:
+    """The nets as functions of the θs that a program is given."""
     if isinstance(nets, Net):
         return nets.pure()
     parts = {name: part.pure() if isinstance(part, Net) else part for name, part in nets._asdict().items()}
-    return nets._replace(**(parts | ({"judge": others["critic"]} if "judge" in parts else {})))
+    return _judged(nets._replace(**parts), {"critic": None})
+
+
+def _judged(nets: Any, others: dict[str, Any]) -> Any:
+    """With the θ of the critic as the judge, if there is one."""
+    return nets._replace(judge=others["critic"]) if hasattr(nets, "judge") else nets

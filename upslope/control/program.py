@@ -6,6 +6,7 @@ iteration to the next goes in as a tensor: θ, the optimiser's memory, the sched
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from upslope.control import compilation, learner, normalization, optimizers, rollout, tensor_rollout
-from upslope.control.compilation import compiled
+from upslope.control.ahead import compiled
 from upslope.control.learner import Iteration, State
 from upslope.control.parameters import Net
 from upslope.control.tensor_environments import TensorEnvironment
 from upslope.runs import distributed
+from upslope.runs import run as runs
 from upslope.runs.randomness import generator
 from upslope.runs.run import Run
 
@@ -64,7 +66,12 @@ def chosen(config: Any, session: Run) -> bool:
     gradient_steps = config.num_epochs * -(-batch // config.minibatch_size)
     # what an iteration saves: measured, CartPole on one core
     seconds = gradient_steps * 4.5e-4 + config.rollout_length * 5e-5
-    return compilation.decide(session, config, (config.total_steps - step) / batch * seconds, _obstacle(config))
+    return compilation.decide(session, inside(config), (config.total_steps - step) / batch * seconds, _obstacle(config))
+
+
+def inside(config: Any) -> Any:
+    """The settings that an iteration is compiled with: the same however long a run is and wherever it is kept."""
+    return replace(config, run=runs.Config(), total_steps=1)
 
 
 def of(
@@ -107,10 +114,11 @@ def _obstacle(config: Any) -> str | None:
 def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World) -> Callable[[State], Iteration]:
     """All four steps in the program."""
     pure, environment, space = net.pure(), tensor_rollout.environment(world), world.envs.action_space
+    settings, normalize = inside(config), config.normalize
 
     def iteration(theta: Tensor, memory: optimizers.State, play: Any, given: Any) -> Any:
-        inside: Any = Tensors(*play, environment=environment, space=space, normalize=config.normalize)
-        return iterate(State(theta, memory, inside, 0, 0, {}), pure, given, config)
+        tensors: Any = Tensors(*play, environment=environment, space=space, normalize=normalize)
+        return iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings)
 
     program = compiled(iteration)
 
@@ -126,16 +134,16 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
 
 def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State], Iteration]:
     """The policy's choice of actions in one program, and in another all that comes after the rollout."""
-    pure = net.pure()
+    pure, settings = net.pure(), inside(config)
 
     def choice(theta: Tensor, seen: Any, noise: Tensor) -> Tensor:
         return pure.only("policy", theta, seen).sample(noise)
 
     def iteration(theta: Tensor, memory: optimizers.State, data: rollout.Rollout, given: Any) -> Any:
-        inside: Any = Collected(data)
-        return iterate(State(theta, memory, inside, 0, 0, {}), pure, given, config)
+        world: Any = Collected(data)
+        return iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings)
 
-    act, program = compilation.direct(choice), compiled(iteration)
+    act, program = compiled(choice, loops=False), compiled(iteration)
 
     def run(state: State) -> Iteration:
         data, world = learner.collect(net, state, config, config.rollout_length, act=act)
