@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.program import ENVIRONMENT, metrics
-from upslope.control import ahead, compilation, environments, fingerprints, learner, networks, ppo, program
+from upslope.control import ahead, compilation, environments, fingerprints, learner, networks, ppo, presets, program
 from upslope.control.tensor_environments import CartPole
 from upslope.runs import run as runs
 from upslope.runs.run import Run
@@ -48,7 +48,7 @@ def started(**changed: Any) -> tuple[Any, Any]:
     with Run("ppo", config, config.total_steps) as session:
         state, net = learner.start(config, session)
         state.theta.add_(1.0)
-        return net.pure(), program.inside(config)
+        return net.pure(), compilation.inside(config)
 
 
 def test_what_makes_another_program_makes_another_key(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ TRAIN = """
     from upslope.control import environments, fast_ppo, networks, ppo
     from upslope.runs import run as runs
     config = ppo.PPO(
-        environment=environments.Config("CartPole-v1", 2, "VECTORIZATION"), network=networks.Config(hidden=(8,)),
+        environment=environments.Config("CartPole-v1", 2, "native"), network=networks.Config(hidden=(8,)),
         rollout_length=8, minibatch_size=16, num_epochs=1, total_steps=64,
         run=runs.Config(seed=1, quiet=True, compile=True, run_dir="RUN"),
     )
@@ -148,12 +148,11 @@ TRAIN = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vectorization", ["native", "tensor"])
-def test_a_second_process_needs_neither_tracer_nor_compiler(tmp_path: Path, vectorization: str) -> None:
+def test_a_second_process_needs_neither_tracer_nor_compiler(tmp_path: Path) -> None:
     """And is, to the bit, what the first was."""
     said = []
     for name in ("first", "second"):
-        code = TRAIN.replace("RUN", str(tmp_path / name)).replace("VECTORIZATION", vectorization)
+        code = TRAIN.replace("RUN", str(tmp_path / name))
         said.append(run_python(code, tmp_path / "cache", tmp_path).split())
     assert said == [["True", "True"], ["False", "False"]]
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
@@ -204,3 +203,29 @@ def test_results_keep_their_structure(tmp_path: Path) -> None:
         assert numbers["twice"].tolist() == [0.0, 2.0]
         assert numbers["same"] is b
         assert (rest, plain) == ([None, True], (2.0,))
+
+
+def test_a_short_run_is_compiled_only_if_its_programs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CartPole's 100,000 steps are shorter than compiling, ten times as many are not. What was compiled is kept."""
+    monkeypatch.setattr(compilation, "cache", lambda: tmp_path)
+    caplog.set_level(logging.INFO)
+
+    def chosen(total_steps: int, answer: bool | None = None, **changed: Any) -> bool:
+        config = presets.ppo("CartPole-v1")
+        assert config is not None
+        config = replace(config, total_steps=total_steps, run=runs.Config(quiet=True, compile=answer), **changed)
+        with Run("ppo", config, total_steps) as session:
+            return program.chosen(config, session)
+
+    assert not chosen(100_000)
+    assert "not in the cache" in caplog.text
+    assert chosen(1_000_000)
+    caplog.clear()
+    assert chosen(100_000)  # of another length, the same programs
+    assert "in the cache" in caplog.text
+    assert not chosen(100_000, answer=False)
+    assert not chosen(100_000, gamma=0.9)
+    assert chosen(100_000, answer=True, gamma=0.9)
+    assert chosen(100_000, gamma=0.9)

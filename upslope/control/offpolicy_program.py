@@ -7,7 +7,6 @@ next goes in as a tensor: all θs, the optimisers' memories, the batch, noise, a
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from upslope.control import ahead, compilation
 from upslope.control.offpolicy import Act, Config, State
 from upslope.control.parameters import Net
 from upslope.control.replay import Batch
-from upslope.runs import run as runs
 from upslope.runs.run import Run
 
 Learn = Callable[..., tuple[State, Any, dict[str, float]]]
@@ -42,7 +40,7 @@ def of(learn: Learn, nets: Any, config: Config, session: Run) -> Learn:
     interval = config.train_interval * config.environment.num_envs
     each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
     saves = (config.total_steps - step) * each * SAVES
-    return compiled(learn, nets, config) if compilation.decide(session, _inside(config), saves, None) else learn
+    return compiled(learn, nets, config) if compilation.decide(session, config, saves, None) else learn
 
 
 def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
@@ -52,14 +50,14 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
         ValueError: a gradient that is not finite; θs are then not to be used any more.
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    bare, settings = _pure(nets), _inside(config)
+    bare, settings = _pure(nets), compilation.inside(config)
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
-            theta: Tensor, others: dict[str, Tensor], memories: Any, step: Any, batch: Batch, noise: Any
+            theta: Tensor, others: dict[str, Tensor], memories: Any, progress: Any, batch: Batch, noise: Any
         ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
             nothing: Any = None
-            inside = State(theta, others, memories, nothing, nothing, 0, step, 0)
+            inside = State(theta, others, memories, nothing, nothing, 0, progress, 0)  # a run of one step
             after, part, numbers = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
             return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
 
@@ -70,7 +68,7 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
     ) -> tuple[State, Any, dict[str, float]]:
         if fixed not in programs:
             programs[fixed] = program(fixed)
-        return _moved(programs[fixed], state, batch, noise)
+        return _moved(programs[fixed], state, state.step / config.total_steps, batch, noise)
 
     return run
 
@@ -87,12 +85,14 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     return ahead.compiled(choice, loops=False)
 
 
-def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) -> tuple[State, Any, dict[str, float]]:
+def _moved(
+    program: Callable[..., Any], state: State, progress: float, batch: Batch, noise: Any
+) -> tuple[State, Any, dict[str, float]]:
     """Run a program; θs and memories are updated in place."""
     memories = {name: memory._replace(step=_number(memory.step)) for name, memory in state.optimizer.items()}
     plain: Any = batch._replace(row=None)  # type: ignore[arg-type]
     with torch.no_grad():
-        steps, part, numbers = program(state.theta, state.others, memories, _number(state.step), plain, noise)
+        steps, part, numbers = program(state.theta, state.others, memories, _number(progress), plain, noise)
     values = {name: float(value) for name, value in numbers.items()}
     for name in values:
         if name.endswith("grad_norm") and not math.isfinite(values[name]):
@@ -103,11 +103,6 @@ def _moved(program: Callable[..., Any], state: State, batch: Batch, noise: Any) 
 
 def _number(value: float) -> Any:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _inside(config: Config) -> Any:
-    """The settings that a gradient step is compiled with: the same wherever a run is kept."""
-    return replace(config, run=runs.Config())  # type: ignore[type-var]
 
 
 def _pure(nets: Any) -> Any:

@@ -6,7 +6,6 @@ iteration to the next goes in as a tensor: θ, the optimiser's memory, the sched
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from upslope.control.learner import Iteration, State
 from upslope.control.parameters import Net
 from upslope.control.tensor_environments import TensorEnvironment
 from upslope.runs import distributed
-from upslope.runs import run as runs
 from upslope.runs.randomness import generator
 from upslope.runs.run import Run
 
@@ -66,12 +64,7 @@ def chosen(config: Any, session: Run) -> bool:
     gradient_steps = config.num_epochs * -(-batch // config.minibatch_size)
     # what an iteration saves: measured, CartPole on one core
     seconds = gradient_steps * 4.5e-4 + config.rollout_length * 5e-5
-    return compilation.decide(session, inside(config), (config.total_steps - step) / batch * seconds, _obstacle(config))
-
-
-def inside(config: Any) -> Any:
-    """The settings that an iteration is compiled with: the same however long a run is and wherever it is kept."""
-    return replace(config, run=runs.Config(), total_steps=1)
+    return compilation.decide(session, config, (config.total_steps - step) / batch * seconds, _obstacle(config))
 
 
 def of(
@@ -114,7 +107,7 @@ def _obstacle(config: Any) -> str | None:
 def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World) -> Callable[[State], Iteration]:
     """All four steps in the program."""
     pure, environment, space = net.pure(), tensor_rollout.environment(world), world.envs.action_space
-    settings, normalize = inside(config), config.normalize
+    settings, normalize = compilation.inside(config), config.normalize
 
     def iteration(theta: Tensor, memory: optimizers.State, play: Any, given: Any) -> Any:
         tensors: Any = Tensors(*play, environment=environment, space=space, normalize=normalize)
@@ -134,7 +127,7 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
 
 def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State], Iteration]:
     """The policy's choice of actions in one program, and in another all that comes after the rollout."""
-    pure, settings = net.pure(), inside(config)
+    pure, settings = net.pure(), compilation.inside(config)
 
     def choice(theta: Tensor, seen: Any, noise: Tensor) -> Tensor:
         return pure.only("policy", theta, seen).sample(noise)
