@@ -2,42 +2,43 @@
 
 import json
 import logging
-import os
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from tests.program import ENVIRONMENT, metrics
-from upslope.control import ahead, compilation, environments, fingerprints, learner, networks, ppo, presets, program
+from upslope.control import (
+    ahead,
+    compilation,
+    environments,
+    fingerprints,
+    learner,
+    networks,
+    ppo,
+    presets,
+    program,
+    tensor_environments,
+)
 from upslope.control.tensor_environments import CartPole
 from upslope.runs import run as runs
 from upslope.runs.run import Run
 
-
-def double(x: torch.Tensor) -> torch.Tensor:
-    return 2.0 * x
-
-
-def about(*values: Any) -> Any:
-    """A function that reads these values around it."""
-
-    def function(x: torch.Tensor) -> Any:
-        return x, values
-
-    return function
+wrap = tensor_environments._wrapped  # a function of a tensor, of Upslope's
 
 
 def key_of(*values: Any, x: Any = None) -> str | None:
-    return fingerprints.key(about(*values), (torch.zeros(2, 3) if x is None else x,))
+    return fingerprints.key(wrap, (torch.zeros(2, 3) if x is None else x,), *values)
 
 
 def started(**changed: Any) -> tuple[Any, Any]:
@@ -51,7 +52,7 @@ def started(**changed: Any) -> tuple[Any, Any]:
         return net.pure(), compilation.inside(config)
 
 
-def test_what_makes_another_program_makes_another_key(tmp_path: Path) -> None:
+def test_what_makes_another_program_makes_another_key() -> None:
     """Settings, networks, environments and arguments; each differs from all others."""
     table = np.arange(5000.0)  # its repr is abridged
     other = table.copy()
@@ -62,6 +63,8 @@ def test_what_makes_another_program_makes_another_key(tmp_path: Path) -> None:
         key_of(*started(gamma=0.9)),
         key_of(*started(network=networks.Config(hidden=(8, 8)))),
         key_of(*started(network=networks.Config(activation="relu"))),
+        *(key_of(started(network=networks.Config(hidden=hidden))[0]) for hidden in ((8,), (16,), (8, 8))),
+        *(key_of(torch.nn.Parameter(torch.full((2,), value))) for value in (1.0, 2.0)),  # held, not θ
         key_of(CartPole(500)),
         key_of(CartPole(200)),
         key_of(torch.from_numpy(table)),
@@ -76,8 +79,10 @@ def test_what_makes_another_program_makes_another_key(tmp_path: Path) -> None:
         key_of(x={"a": x}),
         key_of(x=(x, 1)),
         key_of(x=(x, None)),
-        fingerprints.key(double, (x,)),
-        fingerprints.key(double, (x,), True),
+        key_of(x={"a": x, "b": x}),
+        key_of(x={"b": x, "a": x}),
+        key_of(True),
+        fingerprints.key(tensor_environments._no_time, (x,)),
     ]
     assert None not in keys
     assert len(set(keys)) == len(keys)
@@ -91,46 +96,45 @@ def test_what_does_not_change_a_program_does_not_change_its_key(tmp_path: Path) 
     assert key_of("".join(["a", "b"]), "ab") == key_of("ab", "ab")  # one object or two
 
 
-def test_code_typed_at_a_prompt_has_no_key(tmp_path: Path) -> None:
-    """It may be typed again, otherwise; and what is passed by value only has no name."""
-    typed: dict[str, Any] = {"__name__": "typed"}
-    exec("class Typed: pass\ndef f(x): return x", typed)
-    assert fingerprints.key(typed["f"], (torch.zeros(1),)) is None
-    assert key_of(typed["Typed"]()) is None
+def test_code_of_others_has_no_key() -> None:
+    """What it reads besides its arguments cannot be told; nor what stands in a lambda."""
+
+    class Own(NamedTuple):
+        x: float
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    assert key_of() is not None
+    assert fingerprints.key(function, (torch.zeros(1),)) is None
+    assert key_of(Own(1.0)) is None
+    assert key_of(function) is None
     assert key_of(lambda x: x) is None
 
 
-def run_python(code: str, cache: Path, folder: Path) -> str:
-    environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(folder)}
+def test_changed_source_makes_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any file of Upslope's; one that changes while the process runs is not what was imported."""
+    (tmp_path / "inner").mkdir()
+    monkeypatch.setattr(fingerprints.upslope, "__file__", str(tmp_path / "__init__.py"))
+    assert key_of() is None  # an archive
+    keys = []
+    for text in ("two = 2", "two = 3", "two = 2"):
+        (tmp_path / "inner" / "helper.py").write_text(text)
+        assert key_of() is None
+        with monkeypatch.context() as later:
+            later.setattr(fingerprints, "BEGAN", time.time() + 10)
+            keys.append(key_of())
+    assert keys[0] == keys[2] != keys[1]
+    assert None not in keys
+
+
+def run_python(code: str, cache: Path) -> str:
+    environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def write(file: Path, text: str) -> None:
-    """As if it had been there for long."""
-    file.write_text(text)
-    os.utime(file, (1e9, 1e9))
-
-
-def test_an_edited_file_of_the_user_is_another_program(tmp_path: Path) -> None:
-    """Also one that the function's own module imports; an edit while the process runs gives no key."""
-    code = """
-        import torch, mine
-        from upslope.control import fingerprints
-        print(fingerprints.key(mine.f, (torch.zeros(1),)))
-    """
-    write(tmp_path / "mine.py", "from helper import two\ndef f(x): return two * x\n")
-    keys = []
-    for text in ("two = 2\n", "two = 3\n", "two = 2\n"):
-        write(tmp_path / "helper.py", text)
-        keys.append(run_python(code, tmp_path / "cache", tmp_path))
-    assert keys[0] == keys[2] != keys[1]
-    assert "None" not in keys[0]
-    late = textwrap.dedent(code).replace("print(", f"os.chdir({str(tmp_path)!r}); os.utime('helper.py'); print(")
-    assert run_python("import os\n" + late, tmp_path / "cache", tmp_path).strip() == "None"
 
 
 TRAIN = """
@@ -153,7 +157,7 @@ def test_a_second_process_needs_neither_tracer_nor_compiler(tmp_path: Path) -> N
     said = []
     for name in ("first", "second"):
         code = TRAIN.replace("RUN", str(tmp_path / name))
-        said.append(run_python(code, tmp_path / "cache", tmp_path).split())
+        said.append(run_python(code, tmp_path / "cache").split())
     assert said == [["True", "True"], ["False", "False"]]
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
 
@@ -164,13 +168,15 @@ def test_what_is_kept_and_broken_is_made_again(
 ) -> None:
     monkeypatch.setattr(compilation, "cache", lambda: tmp_path)
     caplog.set_level(logging.WARNING)
-    x = torch.arange(3.0)
-    assert ahead.compiled(double)(x).tolist() == [0.0, 2.0, 4.0]
+    x, expected, kept = torch.tensor([1.0, 4.0]), pytest.approx([1.0, 4.0 - 2 * math.pi]), []
+    assert ahead.compiled(wrap, kept=lambda: kept.append(1))(x).tolist() == expected
     (folder,) = (tmp_path / "upslope" / "programs").iterdir()
     assert sorted(file.name for file in folder.iterdir()) == sorted([ahead.LIBRARY, ahead.TABLE, ahead.HELD])
     table = json.loads((folder / ahead.TABLE).read_text())
     strange = json.dumps(table | {"gives": {"tuple": [0], "type": "os:system"}})
-    for name, text in ((ahead.TABLE, "{"), (ahead.TABLE, strange), (ahead.LIBRARY, "no library"), (ahead.HELD, "")):
+    for name, text in (
+        (ahead.TABLE, "{"), (ahead.TABLE, "null"), (ahead.TABLE, strange), (ahead.LIBRARY, "no"), (ahead.HELD, ""),
+    ):  # fmt: skip
         broken = Path(tempfile.mkdtemp(dir=tmp_path)) / "broken"  # a library is known by its path
         shutil.copytree(folder, broken)
         (broken / name).write_text(text)
@@ -179,30 +185,65 @@ def test_what_is_kept_and_broken_is_made_again(
     (folder / ahead.TABLE).write_text("{")
     for said in ("made again", ""):
         caplog.clear()
-        assert ahead.compiled(double)(x).tolist() == [0.0, 2.0, 4.0]
+        assert ahead.compiled(wrap, kept=lambda: kept.append(2))(x).tolist() == expected
         assert said in caplog.text
         assert bool(said) == bool(caplog.text)
+    assert kept == [1, 2, 2]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compilation, "cache", lambda: tmp_path / "file")  # where no folder can be
+    assert ahead.compiled(wrap, kept=lambda: kept.append(3))(x).tolist() == expected
+    assert "cannot be kept" in caplog.text
+    assert kept == [1, 2, 2]
+
+
+class Outer:
+    class State(NamedTuple):
+        theta: torch.Tensor
+        count: int
 
 
 @pytest.mark.slow
-def test_results_keep_their_structure(tmp_path: Path) -> None:
+def test_results_keep_their_structure() -> None:
     """Tuples of every kind, dicts, numbers, an argument handed through, one that is written in place."""
 
-    def function(begun: learner.State, rate: float, more: dict[str, torch.Tensor]) -> Any:
+    def function(begun: Outer.State, rate: float, more: dict[str, torch.Tensor]) -> Any:
         begun.theta.add_(more["b"])
-        return begun._replace(step=7), {"twice": rate * more["a"], "same": more["b"]}, [None, True], (rate,)
+        return begun._replace(count=7), {"twice": rate * more["a"], "same": more["b"]}, [None, True], (rate,)
 
-    nothing: Any = None
     compiled = ahead.compiled(function, loops=False)
     for _ in range(2):
         theta, a, b = torch.ones(3), torch.arange(2.0), torch.full((3,), 2.0)
-        state, numbers, rest, plain = compiled(learner.State(theta, nothing, nothing, 1, 2, {}), 2.0, {"b": b, "a": a})
-        assert isinstance(state, learner.State)
+        state, numbers, rest, plain = compiled(Outer.State(theta, 1), 2.0, {"b": b, "a": a})
+        assert isinstance(state, Outer.State)
         assert theta.tolist() == state.theta.tolist() == [3.0, 3.0, 3.0]
-        assert (state.iteration, state.step) == (1, 7)
+        assert state.count == 7
         assert numbers["twice"].tolist() == [0.0, 2.0]
         assert numbers["same"] is b
         assert (rest, plain) == ([None, True], (2.0,))
+    for wrong in (torch.ones(4), torch.ones(3).double(), torch.ones(6)[::2]):
+        with pytest.raises(ValueError, match=r"a program was made for tensors .* called with"):
+            compiled(Outer.State(wrong, 1), 2.0, {"b": b, "a": a})
+    with pytest.raises(ValueError, match="one tensor in two places"):
+        ahead.compiled(function)(Outer.State(a, 1), 2.0, {"b": a, "a": b})
+    with pytest.raises(TypeError, match="takes tensors, numbers, strings and None, got set"):
+        ahead.compiled(function)(Outer.State(a, 1), {1}, {})
+
+
+def test_a_structure_survives_its_way_through_a_file() -> None:
+    gives = {"tuple": [0, {"dict": {"a": {"given": 3}, "b": {"value": None}}}], "type": Outer.State}
+    assert ahead._typed(json.loads(json.dumps(ahead._named(gives)))) == gives
+
+
+@pytest.mark.slow
+def test_what_is_held_may_lie_anyhow_and_operators_may_be_pytorchs() -> None:
+    """Transposed and expanded tensors; `solve` is none of those that a library has compiled in or linked."""
+    table, row = torch.arange(9.0).reshape(3, 3).T, torch.tensor([[1.0], [2.0]]).expand(2, 3)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(torch.eye(3) * 2.0, (x @ table + row).T)
+
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    torch.testing.assert_close(ahead.compiled(function)(x), function(x))
 
 
 def test_a_short_run_is_compiled_only_if_its_programs_are_kept(
@@ -212,20 +253,22 @@ def test_a_short_run_is_compiled_only_if_its_programs_are_kept(
     monkeypatch.setattr(compilation, "cache", lambda: tmp_path)
     caplog.set_level(logging.INFO)
 
+    config = presets.ppo("CartPole-v1")
+    assert config is not None
+    (tmp_path / "upslope").mkdir()
+
     def chosen(total_steps: int, answer: bool | None = None, **changed: Any) -> bool:
-        config = presets.ppo("CartPole-v1")
-        assert config is not None
-        config = replace(config, total_steps=total_steps, run=runs.Config(quiet=True, compile=answer), **changed)
-        with Run("ppo", config, total_steps) as session:
-            return program.chosen(config, session)
+        asked = replace(config, total_steps=total_steps, run=runs.Config(quiet=True, compile=answer), **changed)
+        with Run("ppo", asked, total_steps) as session:
+            return program.chosen(asked, session)
 
     assert not chosen(100_000)
-    assert "not in the cache" in caplog.text
     assert chosen(1_000_000)
+    assert not chosen(100_000)  # nothing was made yet
+    assert "not in the cache" in caplog.text
     caplog.clear()
-    assert chosen(100_000)  # of another length, the same programs
-    assert "in the cache" in caplog.text
+    compilation.remember(replace(config, total_steps=1_000_000, run=runs.Config(seed=5)))
+    assert chosen(100_000)
+    assert "about 0 s, in the cache" in caplog.text
     assert not chosen(100_000, answer=False)
     assert not chosen(100_000, gamma=0.9)
-    assert chosen(100_000, answer=True, gamma=0.9)
-    assert chosen(100_000, gamma=0.9)

@@ -4,12 +4,14 @@ Loading takes milliseconds and neither tracer nor compiler. What is kept lies in
 everything that the program is made from (`fingerprints.py`).
 """
 
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -25,8 +27,10 @@ from upslope.control import compilation, fingerprints
 
 log = logging.getLogger(__name__)
 
-LIBRARY, TABLE, HELD = "program.so", "program.json", "held.safetensors"
-BROKEN = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError)  # raised where one of them is
+LIBRARY, TABLE, HELD = "program.so", "table.json", "held.safetensors"
+FALLBACKS = "program.json"  # PyTorch's own: operators that the library asks PyTorch for by name
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)  # of what was kept
+OLD = 86_400  # seconds, of what a killed process has left half made
 
 
 class Program(NamedTuple):
@@ -38,26 +42,36 @@ class Program(NamedTuple):
     held: list[Tensor]  # what the function holds besides its arguments
 
 
-def compiled(function: Callable[..., Any], loops: bool = True) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], loops: bool = True, kept: Callable[[], None] | None = None
+) -> Callable[..., Any]:
     """The function as one program, made or loaded at its first call; a part that cannot be in it is an error.
 
     It is called with tensors of the same shapes, types and strides each time, no tensor in two places. Arguments that
-    are numbers or None stay what they were at first, and so does all else that the function reads. Tensors that
-    the function writes in place are written in place.
+    are not tensors stay what they were at first, and so does all else that the function reads. What it writes into its
+    arguments is written; what else it does in Python is done once.
 
     Args:
-        function: of tensors in tuples, lists and dicts, and so are its results.
+        function: of tensors, numbers, strings and None in tuples, lists and dicts, and so are its results.
         loops: there may be a `loop` in it. Buffers are then not overwritten in place, for Inductor's C++ wrapper
             declares a loop's results twice if they are.
+        kept: called once there is a program that later processes will find.
+
+    Raises, when called:
+        ValueError: tensors of other shapes, types or strides than at first.
+        TypeError: an argument or a result of another kind.
     """
-    made: list[Program] = []
+    made: list[tuple[Program, list[Any]]] = []
 
     def program(*inputs: Any) -> Any:
         leaves: list[Tensor] = []
         _flatten(inputs, leaves)
+        kinds = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
         if not made:
-            made.append(_load_or_make(function, inputs, leaves, loops))
-        run, takes, gives, held = made[0]
+            made.append((_load_or_make(function, inputs, leaves, loops, kept), kinds))
+        (run, takes, gives, held), first = made[0]
+        if kinds != first:
+            raise ValueError(f"a program was made for tensors {first} (shape, strides, type), called with {kinds}")
         leaves += held
         outs = run([leaves[place] for place in takes])
         return outs[gives] if isinstance(gives, int) else _built(gives, outs, leaves)
@@ -75,42 +89,76 @@ def _flatten(value: Any, leaves: list[Tensor]) -> None:
     elif isinstance(value, tuple | list):
         for part in value:
             _flatten(part, leaves)
+    elif not isinstance(value, bool | int | float | str | None):
+        raise TypeError(f"a program takes tensors, numbers, strings and None, got {type(value).__name__}")
 
 
-def _load_or_make(function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool) -> Program:
-    assert len({id(leaf) for leaf in leaves}) == len(leaves), "one tensor in two places: which is it later?"
+def _load_or_make(
+    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, kept: Callable[[], None] | None
+) -> Program:
+    if len({id(leaf) for leaf in leaves}) < len(leaves):
+        raise ValueError("one tensor in two places: which is it later?")
     key = fingerprints.key(function, inputs, loops, compilation.onednn_pays())
     folder = compilation.cache() / "upslope" / "programs"
-    folder.mkdir(parents=True, exist_ok=True)
-    if key is not None and (folder / key).exists():
-        try:
-            return _load(folder / key)
-        except BROKEN as error:
-            log.warning("%s: cannot be loaded, made again: %s", folder / key, error)
-            shutil.rmtree(folder / key)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / "made"
+    place = None if key is None else folder / key
+    program = None if place is None or not place.exists() else _load_kept(place)
+    if program is None:
+        program, place = _make_in(folder, place, function, inputs, leaves, loops)
+    if place is not None and kept is not None:
+        kept()
+    return program
+
+
+def _load_kept(place: Path) -> Program | None:
+    """What is there; where it is broken it is removed."""
+    try:
+        return _load(place)
+    except BROKEN as error:
+        log.warning("%s: cannot be loaded, made again: %s", place, error)
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+
+def _make_in(
+    folder: Path, place: Path | None, function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool
+) -> tuple[Program, Path | None]:
+    """A new program, and where it is kept, if it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("tmp*"):
+            if left.stat().st_mtime < time.time() - OLD:
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        log.warning("compiled programs cannot be kept: %s", error)
+        temporary, place = tempfile.TemporaryDirectory(), None
+    with temporary:
+        made = Path(temporary.name) / "made"
         made.mkdir()
-        _make(function, inputs, leaves, loops, made)
-        if key is None:
-            return _load(made)  # a library that is loaded can be removed
-        try:
-            os.rename(made, folder / key)
-        except OSError:  # another process was faster
-            if not (folder / key).exists():
-                raise
-        return _load(folder / key)
+        program = _make(function, inputs, leaves, loops, made, place is not None)  # a library that is loaded may go
+        if place is not None:
+            try:
+                os.rename(made, place)
+            except OSError:  # another process was faster
+                if not place.exists():
+                    raise
+    return program, place
 
 
 def _load(folder: Path) -> Program:
-    table = json.loads((folder / TABLE).read_text())
-    held = load_file(folder / HELD)
-    # one call at a time: it would else wait for the last one's memory
+    table, held = json.loads((folder / TABLE).read_text()), load_file(folder / HELD)
+    gives = _typed(table["gives"])
+    return Program(_runner(folder), table["takes"], gives, [held[str(i)] for i in range(len(held))])
+
+
+def _runner(folder: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
-    return Program(runner.run, table["takes"], _typed(table["gives"]), [held[str(i)] for i in range(len(held))])
+    return runner.run
 
 
-def _make(function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, folder: Path) -> None:
+def _make(
+    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, folder: Path, keep: bool
+) -> Program:
     """Trace and compile into a folder."""
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -118,19 +166,26 @@ def _make(function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops
 
     graph, given, outs, result = _trace(function, inputs)
     place = {id(leaf): i for i, leaf in enumerate(leaves)}
-    held = [part for part in given if id(part) not in place]
-    place |= {id(part): len(leaves) + i for i, part in enumerate(held)}
-    from_graph = {id(out): i for i, out in enumerate(outs)}
-    table = {"takes": [place[id(part)] for part in given], "gives": _described(result, from_graph, place)}
-    (folder / TABLE).write_text(json.dumps(table))
-    save_file({str(i): part.detach().clone().contiguous() for i, part in enumerate(held)}, folder / HELD)
+    ours = [part for part in given if id(part) not in place]
+    place |= {id(part): len(leaves) + i for i, part in enumerate(ours)}
+    takes = [place[id(part)] for part in given]
+    gives = _described(result, {id(out): i for i, out in enumerate(outs)}, place)
+    held = [part.detach().clone(memory_format=torch.contiguous_format) for part in ours]
+    if keep:
+        table = {"takes": takes, "gives": _named(gives)}
+        (folder / TABLE).write_text(json.dumps(table))
+        save_file({str(i): part for i, part in enumerate(held)}, folder / HELD)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes: list[Any] = [mode.from_tensor(part.detach(), static_shapes=True) for part in given]
+    every = [*leaves, *held]
+    fakes: list[Any] = [mode.from_tensor(every[i].detach(), static_shapes=True) for i in takes]
     with tempfile.TemporaryDirectory(dir=folder) as sources, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
         options = {"inplace_buffers": not loops, "aot_inductor.output_path": str(Path(sources) / LIBRARY)}
         library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options() | options)
         os.rename(library, folder / LIBRARY)
+        for file in Path(sources).glob("*.wrapper.json"):
+            os.rename(file, folder / FALLBACKS)
+    return Program(_runner(folder), takes, gives, held)
 
 
 def _trace(function: Callable[..., Any], inputs: Any) -> tuple[Any, list[Tensor], list[Tensor], Any]:
@@ -152,39 +207,48 @@ def _trace(function: Callable[..., Any], inputs: Any) -> tuple[Any, list[Tensor]
     return *found.pop(), result  # Dynamo keeps the backend, which is to keep nothing else
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+def _copy(function: Any) -> Callable[..., Any]:
     """The same function in code of its own: Dynamo keeps what it traced by the code."""
     parts = (function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    return types.FunctionType(function.__code__.replace(), *parts)
+    copy = types.FunctionType(function.__code__.replace(), *parts)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _described(value: Any, outs: dict[int, int], given: dict[int, int]) -> Any:
-    """A result as JSON: the place of an output, of a tensor that was given, a plain value, or parts of these."""
+    """A result: the place of an output, of a tensor that was given, a plain value, or parts of these."""
     if isinstance(value, Tensor):
         return outs[id(value)] if id(value) in outs else {"given": given[id(value)]}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {"dict": {name: _described(part, outs, given) for name, part in value.items()}}
     if isinstance(value, tuple | list):
-        kind = type(value)
-        return {
-            "tuple": [_described(part, outs, given) for part in value],
-            "type": f"{kind.__module__}:{kind.__name__}",
-        }
-    assert value is None or isinstance(value, bool | int | float), f"a program cannot give {value!r}"
+        return {"tuple": [_described(part, outs, given) for part in value], "type": type(value)}
+    if not isinstance(value, bool | int | float | str | None):
+        raise TypeError(f"a program gives tensors, numbers, strings and None, got {type(value).__name__}")
     return {"value": value}
 
 
-def _typed(described: Any) -> Any:
-    """With the types of tuples in place of their names: types that exist already, nothing is imported by name."""
-    if isinstance(described, int) or "given" in described or "value" in described:
-        return described
-    if "dict" in described:
-        return {"dict": {name: _typed(part) for name, part in described["dict"].items()}}
-    module, name = described["type"].split(":")
-    kind = getattr(sys.modules[module], name)
-    if not (isinstance(kind, type) and issubclass(kind, tuple | list)):
-        raise ValueError(f"{TABLE}: {described['type']} is not a tuple")
-    return {"tuple": [_typed(part) for part in described["tuple"]], "type": kind}
+def _named(gives: Any) -> Any:
+    """As JSON: with the names of types in their place."""
+    if isinstance(gives, dict) and "dict" in gives:
+        return {"dict": {name: _named(part) for name, part in gives["dict"].items()}}
+    if isinstance(gives, dict) and "tuple" in gives:
+        kind = gives["type"]
+        return {"tuple": [_named(part) for part in gives["tuple"]], "type": f"{kind.__module__}:{kind.__qualname__}"}
+    return gives
+
+
+def _typed(named: Any) -> Any:
+    """The inverse. The types exist already: nothing is imported by name."""
+    if isinstance(named, dict) and "dict" in named:
+        return {"dict": {name: _typed(part) for name, part in named["dict"].items()}}
+    if isinstance(named, dict) and "tuple" in named:
+        module, name = named["type"].split(":")
+        kind = functools.reduce(getattr, name.split("."), sys.modules[module])
+        if not (isinstance(kind, type) and issubclass(kind, tuple | list)):
+            raise ValueError(f"{TABLE}: {named['type']} is not a tuple")
+        return {"tuple": [_typed(part) for part in named["tuple"]], "type": kind}
+    return named
 
 
 def _built(gives: Any, outs: list[Tensor], leaves: list[Tensor]) -> Any:

@@ -1,5 +1,6 @@
 """Compiled programs: what they are compiled with, where they are kept, and whether a run is long enough for one."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -20,17 +21,14 @@ COLD, WARM = 25.0, 0.5  # seconds to the first call on one core, without and wit
 
 def options() -> dict[str, Any]:
     """What all programs are compiled with."""
-    given: dict[str, Any] = {}
-    if onednn_pays():
-        from upslope.control.products import Products  # Inductor with it, a second
+    from upslope.control.replacements import Replacements  # Inductor with it, a second
 
-        given["post_grad_custom_post_pass"] = Products()
-    return given
+    return {"post_grad_custom_post_pass": Replacements(onednn_pays())}
 
 
 @functools.cache
 def onednn_pays() -> bool:
-    """Is this a processor that MKL is slow on, so that large products are oneDNN's (products.py)?"""
+    """Is this a processor that MKL is slow on, so that large products are oneDNN's (replacements.py)?"""
     cpus = Path("/proc/cpuinfo")
     amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
     return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
@@ -51,10 +49,8 @@ def decide(session: Run, config: Any, saves: float, obstacle: str | None) -> boo
         saves: seconds that a compiled run of this length is expected to save.
         obstacle: why it cannot be compiled, if it cannot.
     """
-    name = fingerprints.key(decide, inside(config), onednn_pays())
-    marker = None if name is None else cache() / "upslope" / name
-    kept = marker is not None and marker.exists()
-    takes, state = (WARM, "in the cache") if kept else (COLD, "not in the cache")
+    marker = _marker(config)
+    takes, state = (WARM, "in the cache") if marker is not None and marker.exists() else (COLD, "not in the cache")
     if obstacle is not None:
         answer, reason = False, obstacle
     elif session.restored is not None:
@@ -66,10 +62,20 @@ def decide(session: Run, config: Any, saves: float, obstacle: str | None) -> boo
         reason = f"it would save about {saves:.0f} s and take about {takes:.0f} s, {state}"
     log.info("%s: %s", "compiled" if answer else "not compiled", reason)
     session.compiled = answer
-    if answer and marker is not None:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
     return answer
+
+
+def remember(config: Any) -> None:
+    """The programs of these settings are in the cache now."""
+    marker = _marker(config)
+    if marker is not None:
+        with contextlib.suppress(OSError):  # it cannot be written: then nothing is remembered
+            marker.touch()
+
+
+def _marker(config: Any) -> Path | None:
+    name = fingerprints.key(decide, inside(config), onednn_pays())
+    return None if name is None else cache() / "upslope" / name
 
 
 def inside(config: Any) -> Any:

@@ -61,7 +61,7 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
             after, part, numbers = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
             return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
 
-        return ahead.compiled(gradient_step, loops=False)
+        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config))
 
     def run(
         state: State, nets: Any, batch: Batch, noise: Any, config: Config, *fixed: Any

@@ -113,7 +113,7 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
         tensors: Any = Tensors(*play, environment=environment, space=space, normalize=normalize)
         return iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings)
 
-    program = compiled(iteration)
+    program = compiled(iteration, kept=lambda: compilation.remember(config))
 
     def run(state: State) -> Iteration:
         noise = generator(config.run.seed, "noise", state.iteration, distributed.rank())
@@ -136,7 +136,8 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
         world: Any = Collected(data)
         return iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings)
 
-    act, program = compiled(choice, loops=False), compiled(iteration)
+    act = compiled(choice, loops=False)
+    program = compiled(iteration, kept=lambda: compilation.remember(config))
 
     def run(state: State) -> Iteration:
         data, world = learner.collect(net, state, config, config.rollout_length, act=act)

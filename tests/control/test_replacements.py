@@ -1,20 +1,21 @@
-"""Products by oneDNN in compiled programs: the same numbers, only where matrices are large."""
+"""What is replaced in compiled programs: tanh, and products by oneDNN; the same numbers."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from upslope.control import ahead, compilation
-from upslope.control.products import Products
+from upslope.control.replacements import Replacements
 
 if not torch.backends.mkldnn.is_available():
     pytest.skip("this PyTorch has no oneDNN", allow_module_level=True)
 
 
-class Counting(Products):
+class Counting(Replacements):
     """Notes how many products a graph has after the pass."""
 
     def __init__(self) -> None:
+        super().__init__(products=True)
         self.found: list[int] = []
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -78,3 +79,26 @@ def test_where_they_pay(monkeypatch: pytest.MonkeyPatch, vendor: str, capability
     monkeypatch.setattr(compilation.Path, "exists", lambda _: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert compilation.onednn_pays.__wrapped__() is expected
+
+
+def test_tanh_and_its_derivative_are_float64s() -> None:
+    """In the middle, where it is flat, and beyond; no tanh is left, and the derivative is taken of the result."""
+    x = torch.cat([torch.linspace(-12.0, 12.0, 4001), torch.tensor([-1e30, 0.0, 1e-6, 1e30, torch.inf])])
+    left: list[int] = []
+
+    class Looking(Replacements):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            left.append(sum(node.target is torch.ops.aten.tanh.default for node in graph.nodes))
+
+        def uuid(self) -> None:
+            """None: the graph is not taken from the cache."""
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(x), torch.func.grad(lambda x: torch.tanh(x).sum())(x)
+
+    program = torch.compile(both, fullgraph=True, options={"post_grad_custom_post_pass": Looking(False)})
+    bounds = (2e-7, 5e-7)  # of 1 - y²: twice y's, and its own rounding
+    for ours, exact, bound in zip(program(x), both(x.double()), bounds, strict=True):
+        assert float((ours - exact).abs().max()) < bound
+    assert left == [0]
