@@ -21,6 +21,7 @@ class Counting(Replacements):
     def __call__(self, graph: torch.fx.Graph) -> None:
         super().__call__(graph)
         self.found.append(sum(node.target is torch.ops.upslope.product.default for node in graph.nodes))
+        assert not graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)  # none with its bias
 
     def uuid(self) -> None:
         """None: the graph is not taken from the cache, where no pass would run."""
