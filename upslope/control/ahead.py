@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 LIBRARY, TABLE, HELD = "program.so", "table.json", "held.safetensors"
 FALLBACKS = "program.json"  # PyTorch's own: operators that the library asks PyTorch for by name
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)  # of what was kept
+PLAIN = (bool, int, float, str, type(None))
 OLD = 86_400  # seconds, of what a killed process has left half made
 
 
@@ -89,7 +90,7 @@ def _flatten(value: Any, leaves: list[Tensor]) -> None:
     elif isinstance(value, tuple | list):
         for part in value:
             _flatten(part, leaves)
-    elif not isinstance(value, bool | int | float | str | None):
+    elif not isinstance(value, PLAIN):
         raise TypeError(f"a program takes tensors, numbers, strings and None, got {type(value).__name__}")
 
 
@@ -223,7 +224,7 @@ def _described(value: Any, outs: dict[int, int], given: dict[int, int]) -> Any:
         return {"dict": {name: _described(part, outs, given) for name, part in value.items()}}
     if isinstance(value, tuple | list):
         return {"tuple": [_described(part, outs, given) for part in value], "type": type(value)}
-    if not isinstance(value, bool | int | float | str | None):
+    if not isinstance(value, PLAIN):
         raise TypeError(f"a program gives tensors, numbers, strings and None, got {type(value).__name__}")
     return {"value": value}
 
