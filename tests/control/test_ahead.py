@@ -31,6 +31,8 @@ from upslope.control import (
     tensor_environments,
 )
 from upslope.control.tensor_environments import CartPole
+from upslope.exact import zoo
+from upslope.exact.registration import TabularEnv
 from upslope.runs import run as runs
 from upslope.runs.run import Run
 
@@ -67,6 +69,7 @@ def test_what_makes_another_program_makes_another_key() -> None:
         *(key_of(torch.nn.Parameter(torch.full((2,), value))) for value in (1.0, 2.0)),  # held, not θ
         key_of(CartPole(500)),
         key_of(CartPole(200)),
+        *(key_of(TabularEnv(problem).tensors(9)) for problem in (zoo.random_walk(), zoo.short_corridor())),
         key_of(torch.from_numpy(table)),
         key_of(torch.from_numpy(other)),
         key_of(table),
@@ -97,18 +100,11 @@ def test_what_does_not_change_a_program_does_not_change_its_key(tmp_path: Path) 
 
 
 def test_code_of_others_has_no_key() -> None:
-    """What it reads besides its arguments cannot be told; nor what stands in a lambda."""
-
-    class Own(NamedTuple):
-        x: float
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return x
-
+    """What it reads besides its arguments cannot be told, of a function or of a value's type; nor a lambda's."""
     assert key_of() is not None
-    assert fingerprints.key(function, (torch.zeros(1),)) is None
-    assert key_of(Own(1.0)) is None
-    assert key_of(function) is None
+    assert fingerprints.key(key_of, (torch.zeros(1),)) is None
+    assert key_of(Outer.State(torch.zeros(1), 1)) is None
+    assert key_of(key_of) is None
     assert key_of(lambda x: x) is None
 
 

@@ -83,7 +83,7 @@ def test_a_compiled_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_is_the_same_in_a_program_and_its_body_is_in_the_caches_key() -> None:
+def test_a_loop_is_the_same_in_a_program_and_two_are_apart() -> None:
     """y ← a y + x and y ← a y - x differ in the body of the loop alone."""
     x = torch.arange(6.0).view(3, 2)
     for sign in (1.0, -1.0):

@@ -6,9 +6,10 @@ and of the libraries that it stands on has a key: what others' code reads beside
 
 import functools
 import hashlib
+import importlib.metadata
 import io
 import logging
-import pickle
+import pickle  # writes what is hashed; nothing is read by it
 import platform
 import sys
 import time
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from upslope.control.parameters import Net
 log = logging.getLogger(__name__)
 
 BEGAN = time.time()  # seconds; a file that is younger may not be what was imported
-KNOWN = sys.stdlib_module_names | {"upslope", "torch", "numpy", "gymnasium"}
+LIBRARIES = ("torch", "numpy", "scipy", "gymnasium")
+KNOWN = {*sys.stdlib_module_names, "upslope", *LIBRARIES}
 
 
 class _Telling(pickle.Pickler):
@@ -68,14 +69,14 @@ def key(function: Callable[..., Any], inputs: Any, *more: Any) -> str | None:
         around = [cell.cell_contents for cell in function.__closure__ or ()]
         place = (function.__module__, function.__qualname__, [*code.co_positions()])
         defaults = (function.__defaults__, function.__kwdefaults__)
-        told = _told((place, around, defaults, signature(inputs), more))
+        told = _told((place, around, defaults, _signature(inputs), more))
     except Exception as error:  # whatever a value's own way of being pickled raises
         log.debug("no key: %s", error)
         return None
     source = _source()
     if source is None:
         return None
-    libraries = (sys.version, torch.__version__, np.__version__, gymnasium.__version__)
+    libraries = (sys.version, torch.__version__, [importlib.metadata.version(name) for name in LIBRARIES])
     torch_state = (
         torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
@@ -84,14 +85,14 @@ def key(function: Callable[..., Any], inputs: Any, *more: Any) -> str | None:
     return _sha(repr((libraries, torch_state, _processor(), source)).encode() + told)[:32]
 
 
-def signature(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     """Arguments without the values of their tensors; the names of a dict in their order."""
     if isinstance(value, Tensor):
         return str(value.dtype), tuple(value.shape), value.stride()
     if isinstance(value, dict):
-        return [(name, signature(part)) for name, part in value.items()]
+        return [(name, _signature(part)) for name, part in value.items()]
     if isinstance(value, tuple | list):
-        return type(value), [signature(part) for part in value]
+        return type(value), [_signature(part) for part in value]
     return value
 
 

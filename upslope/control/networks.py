@@ -19,7 +19,6 @@ from upslope.runs import settings
 
 Observation = Tensor | dict[str, Tensor]
 
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,

@@ -24,7 +24,7 @@ _library = torch.library.Library("upslope", "DEF")
 
 
 class Replacements(CustomGraphPass):
-    """The pass over a graph: `tanh` of float32, `addmm`, and `mm`, `addmm` and `bmm` of large float32 matrices.
+    """The pass over a graph: `tanh` and `addmm` of float32, and `mm`, `addmm` and `bmm` of large float32 matrices.
 
     Args:
         products: shall they become `upslope::product`?
@@ -39,12 +39,14 @@ class Replacements(CustomGraphPass):
             if node.meta["val"].dtype == torch.float32:
                 _logistic(graph, node, node.args[0])
         if self.products:
-            self.multiply(graph)
+            self._multiply(graph)
         for node in [*graph.find_nodes(op="call_function", target=aten.addmm.default)]:
-            if not node.kwargs and node.meta["val"].device.type == "cpu":
+            kind = node.meta["val"]  # bfloat16 would be rounded twice
+            if not node.kwargs and kind.dtype == torch.float32 and kind.device.type == "cpu":
                 _after(graph, node, *node.args)
 
-    def multiply(self, graph: fx.Graph) -> None:
+    def _multiply(self, graph: fx.Graph) -> None:
+        """Large products by oneDNN."""
         aten = torch.ops.aten
         for node in [*graph.find_nodes(op="call_function", target=aten.mm.default)]:
             _replace(graph, node, *node.args)
