@@ -1,5 +1,6 @@
 """Small problems and slow, obvious solutions that the tests hold the solvers to."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -53,3 +54,22 @@ def best_ending_policies(mdp: MDP) -> np.ndarray:
             best[alive] = np.maximum(best[alive], value)
     best[~alive] = 0.0
     return best
+
+
+def prizes(mdp: MDP, actions: Sequence[int]) -> np.ndarray:
+    """V^π of γ = 1 and rewards only on arrival, the limit of V_h from below: 0 where π never arrives, else solved."""
+    alive, index = ~mdp.terminal, np.arange(mdp.num_states)
+    move = mdp.dense_transition[index, actions]
+    arriving = ~alive
+    for _ in index:
+        arriving = arriving | (move[:, arriving].sum(axis=1) > 0.0)
+    on = alive & arriving
+    value = np.zeros(mdp.num_states)
+    value[on] = np.linalg.solve(np.eye(on.sum()) - move[np.ix_(on, on)], mdp.expected_reward[index, actions][on])
+    return value
+
+
+def best_prizes(mdp: MDP) -> np.ndarray:
+    """V* of such a problem: the elementwise best over every deterministic policy."""
+    every = product(range(mdp.num_actions), repeat=mdp.num_states)
+    return np.max([prizes(mdp, actions) for actions in every], axis=0)

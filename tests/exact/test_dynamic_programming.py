@@ -4,10 +4,17 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.exact.problems import best_ending_policies, best_of_all_policies, random_dense, random_ending
+from tests.exact.problems import (
+    best_ending_policies,
+    best_of_all_policies,
+    best_prizes,
+    prizes,
+    random_dense,
+    random_ending,
+)
 from upslope.exact import MDP, modified_policy_iteration, policy_iteration, value_iteration, zoo
 from upslope.exact.dynamic_programming import _eliminate, _one_of
 from upslope.exact.pairs import backup, pairs_of
@@ -64,6 +71,7 @@ def test_undiscounted_costs(solver, seed, low):
 @pytest.mark.parametrize("solver", ["vi sup", "mpi span", "pi", "pi iterative"])
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6))
+@example(seed=888)  # arrives once in some 16,000 steps: 200,000 sweeps from below do not get there
 def test_undiscounted_prizes_with_free_wandering(solver, seed):
     """γ = 1, reward only on arrival (r ≥ 0), free loops: the least fixed point, i.e. the limit of V_h from below."""
     generator = np.random.default_rng(seed)
@@ -71,21 +79,11 @@ def test_undiscounted_prizes_with_free_wandering(solver, seed):
     reward = np.zeros((6, 2, 6))
     reward[:5, :, 5] = generator.random((5, 2))
     prize = MDP(mdp.transition, reward, 1.0)
-    truth = np.zeros(6)
-    for _ in range(200_000):
-        new = (prize.expected_reward + prize.dense_transition @ truth).max(axis=1)
-        if np.abs(new - truth).max() < 1e-15:
-            break
-        truth = new
+    truth = best_prizes(prize)
     found = SOLVERS[solver](prize, tol=1e-7)
     assert np.abs(found.values - truth).max() <= 1e-7 + 1e-9
     # and the policy is worth it: it really leaves the free loops
-    move = prize.dense_transition[np.arange(6), found.policy]
-    worth = prize.expected_reward[np.arange(6), found.policy].copy()
-    gain, power = worth.copy(), move.copy()
-    for _ in range(40):  # Σ_k P^k r by doubling: 2^40 steps
-        gain, power = gain + power @ gain, power @ power
-    np.testing.assert_allclose(gain, truth, atol=1e-6)
+    np.testing.assert_allclose(prizes(prize, found.policy), truth, atol=1e-6)
 
 
 def test_a_free_loop_is_not_worth_more_than_its_exit():
