@@ -106,6 +106,7 @@ def _main(body: Callable[..., None], worker: int, sender: Connection, arguments:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as in the parent's run
     try:
         body(worker, sender.send, *arguments)
     except Exception as error:

@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from upslope.runs import allocator, checkpoint, distributed, metrics, progress, settings
+from upslope.runs import allocator, checkpoint, denormals, distributed, metrics, progress, settings
 from upslope.runs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self.display.__enter__()
+        self._resources.enter_context(denormals.flushed())
         return self
 
     def __exit__(self, *error: Any) -> None:
