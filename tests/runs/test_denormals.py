@@ -22,7 +22,7 @@ def mean_of_a_gradient_that_stays_zero(steps: int) -> float:
     adam = optimizers.Adam(1e-3)
     memory = adam.start(theta)
     for step in range(steps):
-        _, memory = adam.ascend(theta, torch.zeros(1) if step else torch.ones(1), memory, 1e-3)
+        _, memory = adam.ascend(theta, memory, torch.zeros(1) if step else torch.ones(1), 1e-3)
     return float(memory.memory[0])
 
 
