@@ -91,7 +91,7 @@ SAC_PRESETS: dict[str, SAC] = {
         replay_capacity=50_000, learning_starts=0, train_interval=32, gradient_steps=32, batch_size=512, gamma=0.9999,
         target_tau=0.01, alpha=0.1, learn_alpha=False,
     ),
-    # The Zoo's with four environments, so a gradient step for every fourth step: better in a third of the time.
+    # The Zoo's with four environments: a gradient step for every fourth step is enough.
     "LunarLanderContinuous-v3": _sac("LunarLanderContinuous-v3", 7.3e-4, 500_000, **_LUNAR_SAC),
     **{name: _sac(name, 3e-4, 1_000_000, learning_starts=10_000) for name in _MUJOCO},
 }  # fmt: skip
@@ -102,17 +102,10 @@ def _td3(environment_id: str, total_steps: int, **own: Any) -> TD3:
     return replace(where, total_steps=total_steps, learning_starts=10_000, **own)
 
 
-_SHORT: dict[str, Any] = {"gamma": 0.98, "replay_capacity": 200_000}
-
-# Ours. Much of the reward is for lying still, engines off for half a second. Noise that is new at every step starts
-# them again, noise that wanders does not. Four environments and a gradient step for every second step halve the time.
-_LUNAR_TD3: dict[str, Any] = {
-    "environment": environments.Config("LunarLanderContinuous-v3", 4), "gradient_steps": 2, "gamma": 0.98,
-    "noise": action_noise.Config("ornstein-uhlenbeck", std=0.15), "anneal_learning_rate": True,
-}  # fmt: skip
+_LUNAR_TD3: dict[str, Any] = {"gamma": 0.98, "replay_capacity": 200_000}
 
 TD3_PRESETS: dict[str, TD3] = {
-    "Pendulum-v1": _td3("Pendulum-v1", 20_000, **_SHORT),
+    "Pendulum-v1": _td3("Pendulum-v1", 20_000, **_LUNAR_TD3),
     "MountainCarContinuous-v0": replace(
         _td3("MountainCarContinuous-v0", 100_000),
         network=actors.Config(hidden=(64, 64)),
@@ -120,7 +113,7 @@ TD3_PRESETS: dict[str, TD3] = {
         noise=action_noise.Config("ornstein-uhlenbeck", std=0.5),
     ),
     "LunarLanderContinuous-v3": _td3("LunarLanderContinuous-v3", 300_000, **_LUNAR_TD3),
-    "BipedalWalker-v3": _td3("BipedalWalker-v3", 1_000_000, **_SHORT),
+    "BipedalWalker-v3": _td3("BipedalWalker-v3", 1_000_000, **_LUNAR_TD3),
     **{name: _td3(name, 1_000_000) for name in _MUJOCO},
 }
 
