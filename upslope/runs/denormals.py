@@ -12,7 +12,7 @@ def flushed() -> Iterator[None]:
 
     Adam's mean of a gradient that stays zero, as that of a unit of ReLU that is never active, shrinks by β₁ at each
     step. After a thousand it is denormal, and stays so: nine tenths of the smallest number are rounded to itself. An
-    Intel processor takes a hundred times as long for such a number as for any other: a fifth of DQN's gradient steps.
+    Intel processor is slow with such numbers: they were a fifth of a gradient step of DQN.
 
     >>> with flushed():
     ...     float(torch.tensor(1e-40) * 1)
