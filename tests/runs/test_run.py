@@ -1,8 +1,10 @@
 """The run directory: configuration, metrics and events, over kills."""
 
 import dataclasses
+import itertools
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -192,6 +194,37 @@ def test_metrics_and_events_are_written_without_a_thread(tmp_path: Path) -> None
     assert {name: (tmp_path / name).stat().st_size for name in offsets} == offsets  # all of it is in the files
     assert list(events(tmp_path)) == [(1, "x", 2.0)]
     written.close()
+
+
+def test_an_interrupt_at_any_call_of_a_save_is_heeded(tmp_path: Path) -> None:
+    """Python drops what is raised in a finaliser: a Ctrl-C that comes there would leave the run going."""
+    directory = tmp_path / "run"
+    with Run("ppo", settings(directory), 10**6) as session:
+        session.save(0, {"a": torch.zeros(3)}, {})
+        for step in itertools.count(1):
+            left = step
+
+            def interrupt(frame: object, event: str, argument: object) -> None:
+                nonlocal left
+                left -= event == "call"
+                if left == 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+            try:
+                session.record(step, {"x": 1.0})
+                sys.setprofile(interrupt)
+                session.save(step, {"a": torch.full((3,), step)}, {})
+            except KeyboardInterrupt:
+                continue
+            finally:
+                sys.setprofile(None)
+            break
+    assert step > 20  # so many calls were interrupted, and in the last save none was left
+    assert left > 0, "an interrupt was lost"
+    end = checkpoint.newest(directory / "checkpoints")
+    assert end is not None
+    assert end.tensors["a"].tolist() == [end.step] * 3
 
 
 def test_metrics_and_events_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run: its directory, its resolved configuration, its metrics and checkpoints, and how it goes on after a kill."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -200,6 +201,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+@functools.cache  # not with every checkpoint: looking them up runs finalisers, in which Python drops a Ctrl-C
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
     found = {"python": platform.python_version()}
