@@ -114,8 +114,13 @@ def test_next_step_rows_that_reset_are_marked_and_count_nowhere() -> None:
     assert (~data.valid).nonzero().tolist() == [[i, t] for i in range(3) for t in (5, 11, 17)]
     assert world.steps == 3 * 15
     batch = rollout.flatten(data, data.value, data.value)
-    kept = torch.cat([b.valid for b in rollout.minibatches(batch, 1, 10, torch.Generator().manual_seed(0))])  # type: ignore
-    assert int(kept.sum()) == 45
+    for size in (10, batch.psi.shape[0]):  # every transition once, no reset row
+        parts = list(rollout.minibatches(batch, 1, size, torch.Generator().manual_seed(0)))
+        assert all(part.valid is None for part in parts)
+        assert torch.equal(
+            torch.cat([part.logp_old for part in parts]).sort()[0], batch.logp_old[batch.valid].sort()[0]
+        )
+        assert sum(len(part.psi) for part in parts) == 45
 
 
 def test_episode_seeds_differ_and_repeat() -> None:

@@ -87,7 +87,9 @@ def objective(
     else:
         surrogate = surrogates.clipped_ratio(logp, batch.logp_old, psi, low, high)
     part = Terms(surrogate, critic.error(value, batch, config.clip_value), entropy, logp)
-    each = part.surrogate - config.value_coef * part.value_error + config.entropy_coef * part.entropy
+    each = part.surrogate - config.value_coef * part.value_error
+    if config.entropy_coef:  # 0 times a gradient costs as much as another one
+        each = each + config.entropy_coef * part.entropy
     return reductions.token_mean(each, batch.valid, rollout.counted(batch)), part
 
 

@@ -225,8 +225,10 @@ def refuse_minibatches(size: int, length: int, num_envs: int) -> None:
 
 
 def packed(batch: Batch) -> Batch:
-    """The rows that count, alone: padding would thin out the minibatches."""
-    return batch if batch.valid is None else _rows(batch, batch.valid)._replace(valid=None)
+    """The rows that count, alone: padding would thin out minibatches, and masks take a tenth of a gradient step."""
+    if batch.valid is None or bool(batch.valid.all()):
+        return batch._replace(valid=None)
+    return _rows(batch, batch.valid.nonzero().squeeze(-1))._replace(valid=None)
 
 
 def refuse_cut_sequences(config: Any, name: str) -> None:
@@ -242,25 +244,26 @@ def refuse_cut_sequences(config: Any, name: str) -> None:
 def minibatches(batch: Batch, num_epochs: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Every transition once an epoch, in a new random order each; the last minibatch of an epoch may be smaller.
 
-    One of reset rows alone is left out. With a memory the order is that of environments, their sequences stay whole.
+    Reset rows take part in the order and are then left out, and so is a minibatch of nothing else. With a memory the
+    order is that of environments, their sequences stay whole.
 
     Raises:
         ValueError: a size that would cut sequences.
     """
-    total = batch.psi.shape[0]
-    length = batch.observation.begins.shape[1] if isinstance(batch.observation, Remembered) else 1  # type: ignore[union-attr]
+    total, remembers = batch.psi.shape[0], isinstance(batch.observation, Remembered)
+    length = batch.observation.begins.shape[1] if remembers else 1  # type: ignore[union-attr]
     if size < total and size % length:
         raise ValueError(f"minibatch size is {size}, but a memory needs whole sequences: multiples of {length} steps")
+    if size >= total:  # the whole batch is a sum over all rows, whatever their order
+        yield from [batch if remembers else packed(batch)] * num_epochs
+        return
     for _ in range(num_epochs):
-        if size >= total:  # the whole batch is a sum over all rows, whatever their order
-            yield batch
-            continue
         order = torch.randperm(total // length, generator=generator)
         shuffled = _rows(batch, order)
         for first in range(0, total, size):
             minibatch = _rows(shuffled, slice(first // length, (first + size) // length))
             if minibatch.valid is None or bool(minibatch.valid.any()):
-                yield minibatch
+                yield minibatch if remembers else packed(minibatch)
 
 
 class Recollected(Protocol):
