@@ -182,7 +182,7 @@ def _make(
     with tempfile.TemporaryDirectory(dir=folder) as sources, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
         options = {"inplace_buffers": not loops, "aot_inductor.output_path": str(Path(sources) / LIBRARY)}
-        library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options() | options)
+        library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options(loops) | options)
         os.rename(library, folder / LIBRARY)
         for file in Path(sources).glob("*.wrapper.json"):
             os.rename(file, folder / FALLBACKS)

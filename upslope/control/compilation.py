@@ -19,11 +19,18 @@ log = logging.getLogger(__name__)
 COLD, WARM = 25.0, 0.5  # seconds to the first call on one core, without and with a filled cache
 
 
-def options() -> dict[str, Any]:
-    """What all programs are compiled with."""
+def options(loops: bool) -> dict[str, Any]:
+    """What a program is compiled with: half of the time to compile is the C++ compiler's, and much of it for nothing."""
     from upslope.control.replacements import Replacements  # Inductor with it, a second
 
-    return {"post_grad_custom_post_pass": Replacements(onednn_pays())}
+    return {
+        "post_grad_custom_post_pass": Replacements(onednn_pays()),
+        # What calls the kernels: of a loop's body each instruction counts, else there is one pass a call.
+        "aot_inductor.compile_wrapper_opt_level": "O1" if loops else "O0",
+        "aot_inductor.precompile_headers": False,  # pays from the third program on
+        "aot_inductor.enable_line_tables": False,  # for profilers
+        "cpp.vec_isa_ok": True,  # a compiler that PyTorch's headers do with knows AVX: not tried on a program each
+    }
 
 
 @functools.cache
