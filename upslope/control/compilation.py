@@ -20,7 +20,7 @@ COLD, WARM = 25.0, 0.5  # seconds to the first call on one core, without and wit
 
 
 def options(loops: bool) -> dict[str, Any]:
-    """What a program is compiled with: half of the time to compile is the C++ compiler's, and much of it for nothing."""
+    """What a program is compiled with. Half of the time is the C++ compiler's, much of it for nothing by default."""
     from upslope.control.replacements import Replacements  # Inductor with it, a second
 
     return {
