@@ -27,7 +27,7 @@ def options(loops: bool) -> dict[str, Any]:
         "post_grad_custom_post_pass": Replacements(onednn_pays()),
         # What calls the kernels: of a loop's body each instruction counts, else there is one pass a call.
         "aot_inductor.compile_wrapper_opt_level": "O1" if loops else "O0",
-        "aot_inductor.precompile_headers": False,  # pays from the third program on
+        "aot_inductor.precompile_headers": False,  # 16 s, of which a program saves less than 3
         "aot_inductor.enable_line_tables": False,  # for profilers
         "cpp.vec_isa_ok": True,  # a compiler that PyTorch's headers do with knows AVX: not tried on a program each
     }
