@@ -69,7 +69,9 @@ def objective(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config
     logp, entropy = policy.log_prob_entropy(batch.action)
     psi = rollout.whitened(batch) if config.whiten_advantages else batch.psi
     part = Terms(surrogates.log_prob(logp, psi), critic.error(value, batch, None), entropy)
-    each = part.surrogate - config.value_coef * part.value_error + config.entropy_coef * part.entropy
+    each = part.surrogate - config.value_coef * part.value_error
+    if config.entropy_coef:  # 0 times a gradient costs as much as another one
+        each = each + config.entropy_coef * part.entropy
     return reductions.token_mean(each, batch.valid), part
 
 

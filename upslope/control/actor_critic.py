@@ -79,7 +79,9 @@ def objective(theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config
     psi = rollout.whitened(batch) if config.whiten_advantages else batch.psi
     part = Terms(surrogates.log_prob(logp, psi), critic.error(value, batch, None), entropy)
     value_coef = 0.0 if config.critic_epochs else config.value_coef
-    each = part.surrogate - value_coef * part.value_error + config.entropy_coef * part.entropy
+    each = part.surrogate - value_coef * part.value_error
+    if config.entropy_coef:  # 0 times a gradient costs as much as another one
+        each = each + config.entropy_coef * part.entropy
     return reductions.token_mean(each, batch.valid, rollout.counted(batch)), part
 
 
