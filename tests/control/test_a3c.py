@@ -182,9 +182,11 @@ def spawned(process: psutil.Process | None = None) -> list[psutil.Process]:
 def started(directory: Path, *more: object) -> subprocess.Popen[str]:
     """A run in a process group of its own that has a checkpoint."""
     arguments = more or ("train", "a3c", "--total-steps", 10**8, "--run-dir", directory, "--checkpoint-seconds", 0)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
     process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, start_new_session=True
-    )
+        command(*arguments), cwd=ROOT, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=heed,
+    )  # fmt: skip
     before, until = checkpoint.steps(directory / CHECKPOINTS), time.monotonic() + 90
     while checkpoint.steps(directory / CHECKPOINTS)[-1:] == before[-1:] and time.monotonic() < until:
         assert process.poll() is None, process.stderr and process.stderr.read()
