@@ -225,7 +225,7 @@ def refuse_minibatches(size: int, length: int, num_envs: int) -> None:
 
 
 def packed(batch: Batch) -> Batch:
-    """The rows that count, alone: padding would thin out minibatches, and masks take a tenth of a gradient step."""
+    """The rows that count, alone: padding would thin out minibatches, and masks slow their gradient steps."""
     if batch.valid is None or bool(batch.valid.all()):
         return batch._replace(valid=None)
     return _rows(batch, batch.valid.nonzero().squeeze(-1))._replace(valid=None)
