@@ -66,6 +66,9 @@ def q_of(nets: Any, theta: torch.Tensor, observation: torch.Tensor, action: torc
     for i in range(len(views["weights.0"])):
         x = inputs
         for k in range(3):
+            if k and "gains.0" in views:
+                variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+                x = (x - mean) / (variance + 1e-5).sqrt() * views[f"gains.{k - 1}"][i] + views[f"shifts.{k - 1}"][i]
             x = (torch.tanh(x) if k else x) @ views[f"weights.{k}"][i] + views[f"biases.{k}"][i]
         found.append(x[:, 0])
     return torch.stack(found)
@@ -83,9 +86,12 @@ def stretch(unit: torch.Tensor) -> torch.Tensor:
     return (LOW + HIGH) / 2 + unit * (HIGH - LOW) / 2
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @BOTH
-def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any) -> None:
-    state, nets = begun(module, config := small(kind, gamma=0.9))
+def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any, layer_norm: bool) -> None:
+    network = replace(NETWORK, critic_layer_norm=layer_norm)
+    state, nets = begun(module, config := small(kind, gamma=0.9, network=network))
+    state.others["critic"] += 0.1 * normal(len(state.others["critic"]), seed=6)  # gains other than 1, shifts than 0
     assert len(nets.critic.views(state.others["critic"])["weights.0"]) == (2 if kind is TD3 else 1)
     batch = offpolicy.batch(state, config, torch.Generator().manual_seed(1))
     assert (batch.discount == 0).any()
@@ -116,6 +122,25 @@ def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any) -> None
     gradient, value, _ = nets.actor.gradient(module.objective, state.theta, nets, batch)
     torch.testing.assert_close(value, q[0].mean().detach())
     torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-4)
+
+
+@BOTH
+def test_targets_of_several_steps(module: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replay's reward and discount of n steps reach the target."""
+    batches, learn = [], module.learn
+
+    def watched(state: State, nets: Any, batch: Any, *given: Any) -> Any:
+        batches.append((batch, state.replay.batch(batch.row, 0.9, 3)))
+        return learn(state, nets, batch, *given)
+
+    monkeypatch.setattr(module, "learn", watched)
+    module.train(small(kind, gamma=0.9, n_step=3))
+    assert batches
+    for batch, expected in batches:
+        assert torch.equal(batch.reward, expected.reward)
+        assert torch.equal(batch.discount, expected.discount)
+        assert torch.equal(batch.next_observation, expected.next_observation)
+    assert any(torch.isclose(batch.discount, torch.tensor(0.9**3)).any() for batch, _ in batches)
 
 
 @pytest.mark.parametrize("delay", [1, 3])
@@ -196,6 +221,8 @@ def test_what_it_cannot_do_is_refused(module: Any, kind: Any) -> None:
         module.train(small(kind, "CartPole-v1"))
     with pytest.raises(ValueError, match="learning_starts is -1, allowed: 0 or more"):
         small(kind, learning_starts=-1)
+    with pytest.raises(ValueError, match="n_step is 0, allowed: 1 or more"):
+        small(kind, n_step=0)
     with pytest.raises(ValueError, match=r"dt is 0.0, allowed: above 0"):
         small(kind, noise=action_noise.Config(dt=0.0))
     if kind is TD3:

@@ -6,7 +6,8 @@ constraint  none; the targets' parameters follow slowly
 data        a replay of π's own actions with noise, used many times
 maximised   - ½ (Q - target)²; the surrogate
 
-target is r + γ Q̄(s', π̄(s')), algorithm 1; r where the transition terminated.
+target is r + γ Q̄(s', π̄(s')), algorithm 1; r where the transition terminated. With n_step it has n rewards and γ^n
+(D4PG, Barth-Maron et al. 2018, section 3), which are of the behaviour then: no weights correct them.
 """
 
 from dataclasses import dataclass, field
@@ -54,12 +55,13 @@ class DDPG:
     gradient_steps: int | None = 1  # per iteration; None: as many as environment steps
     batch_size: int = 256  # transitions per gradient step
     gamma: float = 0.99  # discount per step
+    n_step: int = 1  # rewards in a target, before the critic's own estimate
     target_tau: float = 0.005  # of the way that the targets move each time
     max_grad_norm: float | None = None
     anneal_learning_rate: bool = False  # linearly to 0 over the run
 
     def __post_init__(self) -> None:
-        settings.within(self, 1, None, "total_steps", "train_interval", "gradient_steps", "batch_size")
+        settings.within(self, 1, None, "total_steps", "train_interval", "gradient_steps", "batch_size", "n_step")
         settings.within(self, 1, None, "replay_capacity")
         settings.within(self, 0, None, "learning_starts")
         settings.within(self, 0, 1, "gamma", "target_tau")
@@ -165,7 +167,7 @@ def train(config: DDPG, session: Run | None = None, theta: Float[Tensor, " d"] |
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                batch = offpolicy.batch(state, config, random)
+                batch = offpolicy.batch(state, config, random, config.n_step)
                 state, part, numbers = step(state, nets, batch, None, config)  # 2. to 4., see `learn`
 
             state = offpolicy.advance(state, world, count)

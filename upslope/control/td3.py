@@ -54,6 +54,7 @@ class TD3:
     gradient_steps: int | None = 1  # per iteration; None: as many as environment steps
     batch_size: int = 256  # transitions per gradient step
     gamma: float = 0.99  # discount per step
+    n_step: int = 1  # rewards in a target, before the critic's own estimate
     target_tau: float = 0.005  # of the way that the targets move each time
     policy_delay: int = 2  # gradient steps of Q to one of π and of the targets
     smoothing_std: float = 0.2  # of the noise on the target's action, in fractions of its range [-1, 1]
@@ -63,7 +64,7 @@ class TD3:
 
     def __post_init__(self) -> None:
         settings.within(self, 1, None, "total_steps", "train_interval", "gradient_steps", "batch_size", "policy_delay")
-        settings.within(self, 1, None, "replay_capacity")
+        settings.within(self, 1, None, "replay_capacity", "n_step")
         settings.within(self, 0, None, "learning_starts", "smoothing_std", "smoothing_clip")
         settings.within(self, 0, 1, "gamma", "target_tau")
         settings.positive(self, "max_grad_norm")
@@ -174,7 +175,7 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for k in range(count):
-                batch = offpolicy.batch(state, config, random)
+                batch = offpolicy.batch(state, config, random, config.n_step)
                 noise = torch.randn(batch.action.shape, generator=random)
                 due = (state.updates + k + 1) % config.policy_delay == 0
                 state, part, now = step(state, nets, batch, noise, config, due)  # 2. to 4., see `learn`
