@@ -29,7 +29,6 @@ class Config:
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "relu"
     cnn_features: int = 512
     precision: networks.Precision = "float32"  # of products between hidden layers; θ and all else stay float32
-    critic_layer_norm: bool = False  # before the critics' activations: Q grows little where no data is
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
@@ -163,9 +162,6 @@ class Critics(nn.Module):
         uniform = lambda i, *shape: nn.Parameter(torch.empty(n, *shape).uniform_(-1, 1) / math.sqrt(i))  # noqa: E731
         self.weights = nn.ParameterList(uniform(i, i, o) for i, o in pairs)
         self.biases = nn.ParameterList(uniform(i, 1, o) for i, o in pairs)
-        normalized = config.hidden if config.critic_layer_norm else ()
-        self.gains = nn.ParameterList(nn.Parameter(torch.ones(n, 1, width)) for width in normalized)
-        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(n, 1, width)) for width in normalized)
 
     def forward(
         self, observation: Observation, action: Float[Tensor, "batch k"], count: int | None = None
@@ -175,17 +171,10 @@ class Critics(nn.Module):
         x = torch.cat([self.encoder(observation), unit], -1).expand(count or len(self.weights[0]), -1, -1)
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             middle = self.between is not None and 0 < k < len(self.biases) - 1
-            parts = (self.activate(x, k - 1, count) if k else x, weight[:count], bias[:count])
+            parts = (self.activation(x) if k else x, weight[:count], bias[:count])
             x, weight, bias = (part.to(self.between if middle else bias.dtype) for part in parts)
             x = torch.bmm(x, weight) + bias  # not baddbmm: a program adds it with the activation
         return x.squeeze(-1)
-
-    def activate(self, x: Float[Tensor, "n batch width"], k: int, count: int | None) -> Float[Tensor, "n batch width"]:
-        """The activation of hidden layer k, after layer normalisation (Ba et al. 2016) where the settings say so."""
-        if self.gains:
-            x = nn.functional.layer_norm(x.to(self.gains[k].dtype), x.shape[-1:])
-            x = x * self.gains[k][:count] + self.shifts[k][:count]
-        return self.activation(x)
 
 
 class Value(nn.Module):
