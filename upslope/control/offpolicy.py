@@ -132,7 +132,7 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> rollou
         statistics = normalization.observe(
             statistics, _one_step(observation), None if valid is None else torch.from_numpy(valid).unsqueeze(1)
         )
-    recent = np.concatenate([world.recent, np.array(finished).reshape(-1, 2)])[-rollout.RECENT :]
+    recent = np.concatenate([world.recent, finished])[-rollout.RECENT :] if finished else world.recent
     return rollout.World(
         world.envs, raw, returns, lengths, recent, world.episodes + len(finished), taken, statistics
     )  # fmt: skip

@@ -76,6 +76,7 @@ class Replay:
         self.observation = {
             name: np.zeros((capacity, *(part.shape or ())[first:]), _stored(part)) for name, part in parts.items()
         }
+        self.dtype = _float()  # of numbers in a batch
         shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
         fields = [("action", _stored(action_space), shape), *FIELDS]
         self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
@@ -207,12 +208,10 @@ class Replay:
             following = np.where(stop, following, (following + further["ahead"]) % self.capacity)
             last = np.where(stop, last, further)
         discount = np.where(last["terminated"], 0.0, discount)
-        dtype = torch.get_default_dtype()
-        return Batch(
-            self._observed(row), torch.from_numpy(first["action"].copy()),
-            torch.from_numpy(reward.copy()).to(dtype), torch.from_numpy(discount).to(dtype), self._observed(following),
-            torch.ones(len(row)) if weight is None else torch.from_numpy(weight).to(dtype), row,
-        )  # fmt: skip
+        numbers = (reward, discount, np.ones(len(row)) if weight is None else weight)
+        rewards, discounts, weights = (torch.from_numpy(number.astype(self.dtype)) for number in numbers)
+        action = torch.from_numpy(first["action"].copy())
+        return Batch(self._observed(row), action, rewards, discounts, self._observed(following), weights, row)
 
     def _observed(self, row: Int64[np.ndarray, " B"]) -> Observation:
         if self.stack > 1:
@@ -279,9 +278,12 @@ class Replay:
 
 def _stored(space: spaces.Space) -> Any:
     """Floats in the default type, the rest as it is."""
-    if np.issubdtype(space.dtype, np.floating):
-        return np.dtype(str(torch.get_default_dtype()).removeprefix("torch."))
-    return space.dtype
+    return _float() if np.issubdtype(space.dtype, np.floating) else space.dtype
+
+
+def _float() -> Any:
+    """PyTorch's default type, as NumPy's."""
+    return np.dtype(str(torch.get_default_dtype()).removeprefix("torch."))
 
 
 def _take(observation: environments.Observation, index: np.ndarray) -> environments.Observation:

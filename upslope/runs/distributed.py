@@ -61,7 +61,7 @@ def everyones(tensor: Tensor) -> list[Tensor]:
 
 def agreed(flag: bool) -> bool:
     """Rank 0's answer, for questions of time that every rank would answer for itself."""
-    return bool(everyones(torch.tensor(flag, dtype=torch.uint8))[0])
+    return flag if world_size() == 1 else bool(everyones(torch.tensor(flag, dtype=torch.uint8))[0])
 
 
 def collected(name: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
