@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from upslope.control import ahead
 
 
+@pytest.mark.slow
 def test_arguments_go_where_they_belong() -> None:
     """Used in another order than given, one unused, one the function's own, all of one shape, a dict's in any order."""
     generator = torch.Generator().manual_seed(0)
@@ -24,6 +26,7 @@ def test_arguments_go_where_they_belong() -> None:
         torch.testing.assert_close(program(*inputs), function(*inputs))
 
 
+@pytest.mark.slow
 def test_two_programs_of_one_function_are_apart() -> None:
     """A closure's two functions share their code; each keeps what it holds."""
 

@@ -27,6 +27,7 @@ class Counting(Replacements):
         """None: the graph is not taken from the cache, where no pass would run."""
 
 
+@pytest.mark.slow
 def test_large_products_are_replaced_and_equal_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -54,6 +55,7 @@ def test_large_products_are_replaced_and_equal_float64() -> None:
     assert counting.found == [7]  # the bmm is two of them; the small and the one number's are none
 
 
+@pytest.mark.slow
 def test_a_compiled_gradient_step_is_the_same_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of a 256×256 network, its gradient against float64's."""
     monkeypatch.setattr(compilation, "onednn_pays", lambda: True)

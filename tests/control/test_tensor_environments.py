@@ -168,6 +168,7 @@ def test_what_has_no_tensor_form_is_refused(flags: dict[str, Any], message: str)
         environments.make(environments.Config(**{"num_envs": 4, "vectorization": "tensor", **flags}), 1)
 
 
+@pytest.mark.slow
 def test_a_run_is_killed_and_resumed_to_the_bit(tmp_path: Path) -> None:
     """PPO, with the accounts of episodes and both normalisers."""
     flags = (
