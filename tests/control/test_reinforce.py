@@ -266,7 +266,7 @@ def test_figures_13_1_and_13_2_of_the_book(alpha: float, alpha_w: float, early: 
 
     The observation is the constant 1, so weight and bias move alike and the step size is half the book's.
     """
-    curves = np.array([corridor(alpha, alpha_w, seed) for seed in range(6)])
+    curves = np.array([corridor(alpha, alpha_w, seed) for seed in range(12)])
     for figure, place in ((early, slice(180, 220)), (late, slice(-100, None))):
         means = curves[:, place].mean(1)
         assert abs(means.mean() - figure) < 4 * means.std(ddof=1) / np.sqrt(len(means)) + 0.3

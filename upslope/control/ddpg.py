@@ -6,8 +6,8 @@ constraint  none; the targets' parameters follow slowly
 data        a replay of π's own actions with noise, used many times
 maximised   - ½ (Q - target)²; the surrogate
 
-target is r + γ Q̄(s', π̄(s')), algorithm 1; r where the transition terminated. With n_step it has n rewards and γ^n
-(D4PG, Barth-Maron et al. 2018, section 3), which are of the behaviour then: no weights correct them.
+target is r + γ Q̄(s', π̄(s')), algorithm 1; r where the transition terminated. With n_step it
+sums n rewards before γ^n Q̄ (D4PG, Barth-Maron et al. 2018, section 3): the behaviour's, which no weight corrects.
 """
 
 from dataclasses import dataclass, field

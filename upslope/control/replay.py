@@ -76,7 +76,6 @@ class Replay:
         self.observation = {
             name: np.zeros((capacity, *(part.shape or ())[first:]), _stored(part)) for name, part in parts.items()
         }
-        self.dtype = _float()  # of numbers in a batch
         shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
         fields = [("action", _stored(action_space), shape), *FIELDS]
         self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
@@ -209,7 +208,7 @@ class Replay:
             last = np.where(stop, last, further)
         discount = np.where(last["terminated"], 0.0, discount)
         numbers = (reward, discount, np.ones(len(row)) if weight is None else weight)
-        rewards, discounts, weights = (torch.from_numpy(number.astype(self.dtype)) for number in numbers)
+        rewards, discounts, weights = (torch.from_numpy(number.astype(_float())) for number in numbers)
         action = torch.from_numpy(first["action"].copy())
         return Batch(self._observed(row), action, rewards, discounts, self._observed(following), weights, row)
 
