@@ -77,7 +77,8 @@ def test_a_gradient_that_is_not_finite_stops_a_compiled_run() -> None:
         state, nets = ddpg.begin(config, session)
         world = offpolicy.collect(lambda observation, t: torch.zeros(2, 1), state, config, 20)
         state = offpolicy.advance(state, world, 0)
-        batch = offpolicy.batch(state, config, torch.Generator())
+        state.replay.reward[:] = torch.nan
+        drawn = offpolicy.draw(state, config, torch.Generator())
         step = offpolicy_program.compiled(ddpg.learn, nets, config)
         with pytest.raises(ValueError, match="grad_norm is nan"):
-            step(state, nets, batch._replace(reward=batch.reward * torch.nan), None, config)
+            step(state, nets, drawn, None, config)

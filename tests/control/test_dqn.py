@@ -73,7 +73,7 @@ def forward(net: Net, theta: torch.Tensor, observation: np.ndarray) -> np.ndarra
 def test_target_loss_and_gradient_by_hand(double: bool) -> None:
     config = small("Acrobot-v1", double=double, huber=1.0, gamma=0.9)
     state, net = begun(config)
-    batch = offpolicy.batch(state, config, torch.Generator().manual_seed(0))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
     target = dqn.estimate(state, net, batch, [None, None], config)
     judged = forward(net, state.others["target"], batch.next_observation.numpy())
     chosen = forward(net, state.theta, batch.next_observation.numpy()) if double else judged
@@ -236,8 +236,8 @@ def test_noisy_networks_explore_by_their_weights() -> None:
     assert not torch.equal(one, two)
     mean = net(state.theta, observation)
     assert torch.equal(mean, net(state.theta, observation, torch.zeros(net.module.noise_size)))  # type: ignore[arg-type]
-    _, _, part = net.gradient(dqn.objective, state.theta, net, offpolicy.batch(state, config, torch.Generator()),
-                              torch.zeros(16), noise[0], config)  # fmt: skip
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator()))
+    _, _, part = net.gradient(dqn.objective, state.theta, net, batch, torch.zeros(16), noise[0], config)
     assert part.q.shape == (16,)
     gradients = {name: g for (name, _), g in zip(
         net.views(state.theta).items(), [p.grad for p in net.module.parameters()], strict=True)}  # fmt: skip

@@ -48,7 +48,7 @@ def _nets() -> tuple[Net, State, replay.Batch]:
     seen = {"x": torch.randn(64, 2), masks.KEY: mask}
     ended = torch.arange(64) % 5 == 0
     batch = replay.Batch(
-        seen, torch.full((64,), 2), torch.randn(64), torch.where(ended, 0.0, 0.9), seen, torch.ones(64), np.arange(64)
+        seen, torch.full((64,), 2), torch.randn(64), torch.where(ended, 0.0, 0.9), seen, torch.ones(64)
     )
     return net, state, batch
 

@@ -152,7 +152,7 @@ def test_targets_objectives_and_gradients_by_numpy(value_network: bool) -> None:
     config = small(value_network=value_network, gamma=0.9, batch_size=16, network=replace(NETWORK, hidden=(4, 4)))
     alpha = 0.3
     state, nets = begun(config)
-    batch = offpolicy.batch(state, config, torch.Generator().manual_seed(2))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(2)))
     assert (batch.discount == 0).any()
     assert (batch.discount > 0).any()
     o, a, following = batch.observation.numpy(), batch.action.numpy(), batch.next_observation.numpy()
@@ -200,7 +200,7 @@ def test_every_theta_moves_and_the_target_follows(value_network: bool) -> None:
     config = small(value_network=value_network, target_tau=0.25)
     state, nets = begun(config)
     before = {name: theta.clone() for name, theta in {"theta": state.theta, **state.others}.items()}
-    batch = offpolicy.batch(state, config, torch.Generator().manual_seed(0))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
     noise, alpha = normal(2, 16, 2), sac.temperature(state, config)
     assert alpha == 1.0
     targets = sac.estimate(state, nets, batch, noise, alpha, config)
@@ -245,7 +245,7 @@ def test_a_learned_temperature_reaches_the_target_entropy() -> None:
     slope_of_q = torch.full((64,), 1.0)
     observation = torch.zeros(64, 3)
     batch = replay.Batch(
-        observation, torch.zeros(64, 1), slope_of_q, slope_of_q, observation, slope_of_q, np.arange(64)
+        observation, torch.zeros(64, 1), slope_of_q, slope_of_q, observation, slope_of_q
     )
 
     def judged(
@@ -366,7 +366,7 @@ def test_bfloat16_is_of_the_products_between_hidden_layers_alone() -> None:
     def values(precision: Any, hidden: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         config = small(network=actors.Stochastic(hidden=hidden, precision=precision))
         state, nets = begun(config)
-        batch = offpolicy.batch(state, config, torch.Generator().manual_seed(0))
+        batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
         noise = torch.ones(2, *batch.action.shape)
         target, _ = sac.estimate(state, nets, batch, noise, 0.2, config)
         gradient, value, _ = nets.critic.gradient(

@@ -51,7 +51,7 @@ def begun(config: SoftQ, steps: int = 30) -> tuple[State, Net]:
 
 def test_target_and_loss_by_hand() -> None:
     state, net = begun(config := small(gamma=0.9, batch_size=100))
-    batch = offpolicy.batch(state, config, torch.Generator().manual_seed(1))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(1)))
     assert (batch.discount == 0).any()
     found = soft_q.estimate(state, net, batch, config)
     q = net(state.others["target"], batch.next_observation).double().numpy()

@@ -87,7 +87,7 @@ def stretch(unit: torch.Tensor) -> torch.Tensor:
 def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any) -> None:
     state, nets = begun(module, config := small(kind, gamma=0.9))
     assert len(nets.critic.views(state.others["critic"])["weights.0"]) == (2 if kind is TD3 else 1)
-    batch = offpolicy.batch(state, config, torch.Generator().manual_seed(1))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(1)))
     assert (batch.discount == 0).any()
     unit = unit_of(nets, state.others["actor_target"], batch.next_observation)
     if kind is TD3:
@@ -121,12 +121,17 @@ def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any) -> None
 @BOTH
 def test_targets_of_several_steps(module: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The replay's reward and discount of n steps reach the target."""
-    batches, learn = [], module.learn
+    batches, learn, draws, draw = [], module.learn, [], offpolicy.draw
+
+    def drawing(*given: Any) -> Any:
+        draws.append(draw(*given))
+        return draws[-1]
 
     def watched(state: State, nets: Any, batch: Any, *given: Any) -> Any:
-        batches.append((batch, state.replay.batch(batch.row, 0.9, 3)))
+        batches.append((batch, state.replay.batch(draws[-1].row.numpy(), 0.9, 3)))
         return learn(state, nets, batch, *given)
 
+    monkeypatch.setattr(offpolicy, "draw", drawing)
     monkeypatch.setattr(module, "learn", watched)
     module.train(small(kind, gamma=0.9, n_step=3))
     assert batches

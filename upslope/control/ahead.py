@@ -7,6 +7,7 @@ everything that the program is made from (`fingerprints.py`).
 import functools
 import json
 import logging
+import operator
 import os
 import shutil
 import sys
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 LIBRARY, TABLE, HELD = "program.so", "table.json", "held.safetensors"
 FALLBACKS = "program.json"  # PyTorch's own: operators that the library asks PyTorch for by name
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)  # of what was kept
-PLAIN = (bool, int, float, str, type(None))
+PLAIN, SEVERAL = (bool, int, float, str, type(None)), (tuple, list)
 OLD = 86_400  # seconds, of what a killed process has left half made
 
 
@@ -63,16 +64,19 @@ def compiled(
         TypeError: an argument or a result of another kind.
     """
     made: list[tuple[Program, list[Any]]] = []
+    before: list[Tensor] = []  # what it was called with: θ and the like are the same tensors each time
 
     def program(*inputs: Any) -> Any:
         leaves: list[Tensor] = []
         _flatten(inputs, leaves)
-        kinds = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
         if not made:
-            made.append((_load_or_make(function, inputs, leaves, loops, kept), kinds))
-        (run, takes, gives, held), first = made[0]
-        if kinds != first:
-            raise ValueError(f"a program was made for tensors {first} (shape, strides, type), called with {kinds}")
+            made.append((_load_or_make(function, inputs, leaves, loops, kept), [_kind(leaf) for leaf in leaves]))
+            before[:] = leaves
+        (run, takes, gives, held), kinds = made[0]
+        new = [i for i, same in enumerate(map(operator.is_, leaves, before)) if not same]
+        if len(leaves) != len(kinds) or any(_kind(leaves[i]) != kinds[i] for i in new):
+            called = [_kind(leaf) for leaf in leaves]
+            raise ValueError(f"a program was made for tensors {kinds} (shape, strides, type), called with {called}")
         leaves += held
         outs = run([leaves[place] for place in takes])
         return outs[gives] if isinstance(gives, int) else _built(gives, outs, leaves)
@@ -80,16 +84,23 @@ def compiled(
     return program
 
 
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _flatten(value: Any, leaves: list[Tensor]) -> None:
     """The tensors, those of a dict in the order of its names."""
     if isinstance(value, Tensor):
         leaves.append(value)
+    elif isinstance(value, SEVERAL):
+        for part in value:
+            if type(part) is Tensor:  # most are, and a call would take longer than this
+                leaves.append(part)
+            else:
+                _flatten(part, leaves)
     elif isinstance(value, dict):
         for name in sorted(value):
             _flatten(value[name], leaves)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            _flatten(part, leaves)
     elif not isinstance(value, PLAIN):
         raise TypeError(f"a program takes tensors, numbers, strings and None, got {type(value).__name__}")
 

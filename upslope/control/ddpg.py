@@ -167,8 +167,8 @@ def train(config: DDPG, session: Run | None = None, theta: Float[Tensor, " d"] |
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                batch = offpolicy.batch(state, config, random, config.n_step)
-                state, part, numbers = step(state, nets, batch, None, config)  # 2. to 4., see `learn`
+                drawn = offpolicy.draw(state, config, random, config.n_step)
+                state, part, numbers = step(state, nets, drawn, None, config)  # 2. to 4., see `learn`
 
             state = offpolicy.advance(state, world, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)

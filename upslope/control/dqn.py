@@ -195,16 +195,16 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
             count = offpolicy.gradient_steps(state, world, config)
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
-            beta = exploration.linear_schedule(state.step, config.priority_beta, 1.0, config.total_steps)
+            beta = None
+            if config.priority_exponent:
+                beta = float(exploration.linear_schedule(state.step, config.priority_beta, 1.0, config.total_steps))
             for _ in range(count):
-                batch = offpolicy.batch(
-                    state, config, random, config.n_step, float(beta) if config.priority_exponent else None
-                )
+                drawn = offpolicy.draw(state, config, random, config.n_step, beta)
                 noise = noises(net, 3, random)
-                state, part, numbers = step(state, net, batch, noise, config)  # 2. to 4., see `learn`
+                state, part, numbers = step(state, net, drawn, noise, config)  # 2. to 4., see `learn`
                 if config.priority_exponent:
-                    error = part.td_error.numpy()
-                    state.replay.prioritise(batch.row, error, config.priority_exponent, config.priority_epsilon)
+                    row, error = drawn.row.numpy(), part.td_error.numpy()
+                    state.replay.prioritise(row, error, config.priority_exponent, config.priority_epsilon)
 
             if config.target_interval and offpolicy.passed(config.target_interval, state.step, world.steps):
                 target = state.others["target"]

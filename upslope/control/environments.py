@@ -195,15 +195,16 @@ class Environments:
             raise ValueError(f"the policy gave a NaN or infinite action for environment {index}: {action[index]}")
         observation, reward, terminated, truncated, infos = self._advance(to_space(self.action_space, action))
         ended = terminated | truncated
+        any_ended = len(ended.nonzero()[0]) > 0
         next_observation, valid = observation, None
-        if self.autoreset == AutoresetMode.SAME_STEP and ended.any():
+        if self.autoreset == AutoresetMode.SAME_STEP and any_ended:
             next_observation = _place(observation, infos["final_obs"], ended)
         self._refuse_non_finite(next_observation, reward)
         if self.autoreset == AutoresetMode.NEXT_STEP:
             valid = ~self._owed
             self._owed = ended
         self.length += 1 if valid is None else valid
-        if ended.any():
+        if any_ended:
             self.episode = self.episode + ended
             self.length[ended] = 0
             if self.autoreset == AutoresetMode.DISABLED:

@@ -49,7 +49,7 @@ def _build(compiler: str, target: Path) -> None:
 
 def _typed(functions: ctypes.CDLL) -> ctypes.CDLL:
     long, pointer = ctypes.c_int64, ctypes.c_void_p
-    functions.set.argtypes = (pointer, long, long, pointer, long, pointer, long)
-    functions.find.argtypes = (pointer, long, long, pointer, pointer, pointer, long, pointer)
+    functions.set.argtypes = (pointer, long, long, pointer, long)
+    functions.find.argtypes = (pointer, long, long, pointer, long)
     functions.set.restype, functions.find.restype = ctypes.c_bool, ctypes.c_double
     return functions

@@ -46,6 +46,8 @@ class Config(learner.Config, Protocol):
     def gradient_steps(self) -> int | None: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def gamma(self) -> float: ...
 
 
 Start = Callable[[Float[Tensor, " d"]], tuple[dict[str, Tensor], dict[str, optimizers.State]]]
@@ -105,7 +107,6 @@ def start(
     return State(theta, others, optimizer, world, memory, 0, 0, 0), net
 
 
-@torch.no_grad()
 def collect(choose: Choose, state: State, config: Config, length: int) -> rollout.World:
     """Some steps of every environment into the replay, observation statistics frozen; the world after them."""
     world, normalize = state.world, config.normalize
@@ -113,17 +114,18 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> rollou
     raw, finished, taken, seen = world.observation, [], world.steps, []
     for t in range(length):
         observation = to_tensors(raw)
-        action = choose(normalization.observation(world.normalizer, observation, normalize), t).numpy()
+        action = choose(normalization.observation(world.normalizer, observation, normalize), t).detach().numpy()
         step = world.envs.step(action)
         returns += step.reward
         lengths += 1 if step.valid is None else step.valid
         taken += len(returns) if step.valid is None else int(step.valid.sum())
-        if step.ended.any():
-            over = np.flatnonzero(step.ended)
+        over = step.ended.nonzero()[0]
+        if len(over):
             finished += [(float(returns[i]), int(lengths[i])) for i in over]
             returns[over], lengths[over] = 0.0, 0
-        reward = np.sign(step.reward) if normalize.reward_sign else step.reward
-        state.replay.append(action, step._replace(reward=reward))
+        if normalize.reward_sign:
+            step = step._replace(reward=np.sign(step.reward))
+        state.replay.append(action, step)
         if normalize.observation:
             seen.append((observation, step.valid))
         raw = step.observation
@@ -146,21 +148,33 @@ def random_actions(space: spaces.Space, num_envs: int, generator: torch.Generato
     return low + (high - low) * torch.rand(num_envs, len(low), generator=generator)
 
 
-def batch(state: State, config: Config, random: torch.Generator, n: int = 1, beta: float | None = None) -> replay.Batch:
-    """B transitions as the network sees them: uniform, or with β prioritised; without a replay those just collected."""
+def draw(state: State, config: Config, random: torch.Generator, n: int = 1, beta: float | None = None) -> replay.Drawn:
+    """B transitions of n steps: uniform, or with β prioritised; without a replay those just collected."""
     weight = None
     if not config.replay_capacity:
         row = state.replay.recent(state.replay.transitions - state.step)
     elif beta is None:
         row = state.replay.uniform(config.batch_size, random)
     else:
-        row, weight = state.replay.prioritised(config.batch_size, random, beta)
-    drawn = state.replay.batch(row, config.gamma, n, weight)
+        row, weights = state.replay.prioritised(config.batch_size, random, beta)
+        weight = torch.from_numpy(weights)
+    return replay.Drawn(torch.from_numpy(row), weight, config.gamma, n)
+
+
+def batch(state: State, config: Config, drawn: replay.Drawn) -> replay.Batch:
+    """What was drawn, as the network sees it."""
+    weight = None if drawn.weight is None else drawn.weight.numpy()
+    whole = state.replay.batch(drawn.row.numpy(), drawn.gamma, drawn.n, weight)
+    return seen(whole, state.world.normalizer, config)
+
+
+def seen(batch: replay.Batch, normalizer: normalization.Normalizer, config: Config) -> replay.Batch:
+    """With its observations normalised."""
     here, there = (
-        normalization.observation(state.world.normalizer, observation, config.normalize)
-        for observation in (drawn.observation, drawn.next_observation)
+        normalization.observation(normalizer, observation, config.normalize)
+        for observation in (batch.observation, batch.next_observation)
     )
-    return drawn._replace(observation=here, next_observation=there)
+    return batch._replace(observation=here, next_observation=there)
 
 
 def noise(state: State, config: Config, stream: str) -> torch.Generator:

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.control import ahead, compilation
+from upslope.control import ahead, compilation, offpolicy, optimizers, replay
+from upslope.control.normalization import Normalizer
 from upslope.control.offpolicy import Act, Config, State
 from upslope.control.parameters import Net
-from upslope.control.replay import Batch
+from upslope.control.replay import Drawn, Rows
 from upslope.runs.run import Run
 
 Learn = Callable[..., tuple[State, Any, dict[str, float]]]
 """(state, nets, batch, noise, config, *fixed) -> (state, the objectives' parts, numbers): one gradient step."""
+Step = Callable[..., tuple[State, Any, dict[str, float]]]
+"""As `Learn`, of what was drawn instead of a batch."""
 
 SAVES = 7e-4  # seconds a gradient step: measured, DQN on CartPole on one core
 
 
-def of(learn: Learn, nets: Any, config: Config, session: Run) -> Learn:
-    """What takes one gradient step after the other: `learn`, compiled where that is asked for or pays.
+def of(learn: Learn, nets: Any, config: Config, session: Run) -> Step:
+    """What takes one gradient step after the other: the batch and `learn`, compiled where that is asked for or pays.
 
     θs and memories are updated in place either way. A compiled `learn` sees a state without a world and a replay, and
     nets with nothing bound to them; each value of its last arguments has a program of its own.
@@ -40,11 +43,20 @@ def of(learn: Learn, nets: Any, config: Config, session: Run) -> Learn:
     interval = config.train_interval * config.environment.num_envs
     each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
     saves = (config.total_steps - step) * each * SAVES
-    return compiled(learn, nets, config) if compilation.decide(session, config, saves, None) else learn
+    return compiled(learn, nets, config) if compilation.decide(session, config, saves, None) else plain(learn)
 
 
-def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
-    """One gradient step as a program.
+def plain(learn: Learn) -> Step:
+    """One gradient step as it stands."""
+
+    def step(state: State, nets: Any, drawn: Drawn, noise: Any, config: Config, *fixed: Any) -> Any:
+        return learn(state, nets, offpolicy.batch(state, config, drawn), noise, config, *fixed)
+
+    return step
+
+
+def compiled(learn: Learn, nets: Any, config: Config) -> Step:
+    """One gradient step as a program, which gathers its batch from the replay's memory.
 
     Raises, when called:
         ValueError: a gradient that is not finite; θs are then not to be used any more.
@@ -54,21 +66,23 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
-            theta: Tensor, others: dict[str, Tensor], memories: Any, progress: Any, batch: Batch, noise: Any
-        ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+            theta: Tensor, others: dict[str, Tensor], memories: Any, progress: Any, rows: Rows, drawn: Drawn,
+            normalizer: Normalizer, noise: Any,
+        ) -> tuple[dict[str, Any], Any, dict[str, Any]]:  # fmt: skip
             nothing: Any = None
             inside = State(theta, others, memories, nothing, nothing, 0, progress, 0)  # a run of one step
+            batch = offpolicy.seen(replay.gather(rows, drawn), normalizer, settings)
             after, part, numbers = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
             return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
 
         return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config))
 
     def run(
-        state: State, nets: Any, batch: Batch, noise: Any, config: Config, *fixed: Any
+        state: State, nets: Any, drawn: Drawn, noise: Any, config: Config, *fixed: Any
     ) -> tuple[State, Any, dict[str, float]]:
         if fixed not in programs:
             programs[fixed] = program(fixed)
-        return _moved(programs[fixed], state, state.step / config.total_steps, batch, noise)
+        return _moved(programs[fixed], state, state.step / config.total_steps, drawn, noise)
 
     return run
 
@@ -76,7 +90,7 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Learn:
 def acting(act: Act, net: Net, session: Run) -> Act:
     """(θ, …) -> actions, of act(net, θ, …); compiled where gradient steps are."""
     if not session.compiled:
-        return functools.partial(act, net)
+        return torch.no_grad()(functools.partial(act, net))
     pure = net.pure()
 
     def choice(*inputs: Any) -> Tensor:
@@ -86,18 +100,18 @@ def acting(act: Act, net: Net, session: Run) -> Act:
 
 
 def _moved(
-    program: Callable[..., Any], state: State, progress: float, batch: Batch, noise: Any
+    program: Callable[..., Any], state: State, progress: float, drawn: Drawn, noise: Any
 ) -> tuple[State, Any, dict[str, float]]:
     """Run a program; θs and memories are updated in place."""
-    memories = {name: memory._replace(step=_number(memory.step)) for name, memory in state.optimizer.items()}
-    plain: Any = batch._replace(row=None)  # type: ignore[arg-type]
-    with torch.no_grad():
-        steps, part, numbers = program(state.theta, state.others, memories, _number(progress), plain, noise)
+    memories = {name: optimizers.State(_number(kept.step), kept.memory) for name, kept in state.optimizer.items()}
+    steps, part, numbers = program(
+        state.theta, state.others, memories, _number(progress), state.replay.rows, drawn, state.world.normalizer, noise
+    )
     values = {name: float(value) for name, value in numbers.items()}
     for name in values:
         if name.endswith("grad_norm") and not math.isfinite(values[name]):
             raise ValueError(f"the gradient is not finite, {name} is {values[name]} at step {state.step} of the run")
-    moved = {name: memory._replace(step=int(steps[name])) for name, memory in state.optimizer.items()}
+    moved = {name: optimizers.State(int(steps[name]), kept.memory) for name, kept in state.optimizer.items()}
     return state._replace(optimizer=moved), part, values
 
 

@@ -162,14 +162,10 @@ class QNetwork(nn.Module):
         torso = Torso(observation_space, shared)
         head = Head(int(action_space.n), (torso.size, *config.hidden[-1:]), config)
         self.policy = Policy(torso, head, masks.masked(observation_space, action_space))
+        self.noise_size = head.noise_size  # numbers of noise that one noisy network takes; 0 without noisy layers
 
     def forward(
         self, observation: Observation, noise: Float[Tensor, " noise"] | None = None
     ) -> Float[Tensor, "batch actions"]:
         """Q of every action; with noisy layers the mean network, or one with this noise."""
         return self.policy.q(observation, noise)
-
-    @property
-    def noise_size(self) -> int:
-        """Numbers of noise that one noisy network takes; 0 without noisy layers."""
-        return self.policy.head.noise_size

@@ -32,7 +32,30 @@ FIELDS: list[Any] = [
     ("ended", np.bool_),  # terminated or truncated; a lost life only terminates
     ("ahead", np.int32),  # rows to the successor; 0: no transition begins here
 ]
+_NONE = np.zeros(0, dtype=np.int64)
 SEGMENT_BYTES = 2**24  # of a checkpoint's segment, whose rows are a power of two between 256 and 65,536
+
+
+class Rows(NamedTuple):
+    """The replay's memory, whole, as tensors."""
+
+    observation: dict[str, Tensor]  # "" for an observation that is not a Dict
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    ended: Tensor
+    ahead: Tensor
+    behind: Tensor  # empty where an observation is no stack
+    stack: int
+
+
+class Drawn(NamedTuple):
+    """Which transitions a gradient step learns from, and how far each goes."""
+
+    row: Int64[Tensor, " B"]  # where it begins in the replay
+    weight: Tensor | None  # importance weights of prioritised sampling, at most 1; None: all 1
+    gamma: float  # discount per step
+    n: int  # steps
 
 
 class Batch(NamedTuple):
@@ -43,8 +66,40 @@ class Batch(NamedTuple):
     reward: Float[Tensor, " B"]
     discount: Float[Tensor, " B"]  # of the successor's value: γ^n, 0 where the transition terminated
     next_observation: Observation
-    weight: Float[Tensor, " B"]  # importance weights of prioritised sampling, at most 1; else 1
-    row: Int64[np.ndarray, " B"]  # where it lies in the replay
+    weight: Float[Tensor, " B"]  # importance weights
+
+
+def gather(rows: Rows, drawn: Drawn) -> Batch:
+    """What `Replay.batch` gives, to the last bit, as operations on tensors: a program has these inside it."""
+    row, weight, gamma, n = drawn
+    size, real = len(rows.ahead), torch.get_default_dtype()
+    reward, terminated = rows.reward.index_select(0, row), rows.terminated.index_select(0, row)
+    following = (row + rows.ahead.index_select(0, row)) % size
+    discount = torch.full_like(reward, gamma)
+    ended = rows.ended.index_select(0, row) if n > 1 else terminated
+    for _ in range(n - 1):
+        ahead = rows.ahead.index_select(0, following)
+        stop = terminated | ended | (ahead == 0)
+        reward = reward + torch.where(stop, 0.0, discount * rows.reward.index_select(0, following))
+        discount = torch.where(stop, discount, gamma * discount)
+        terminated = torch.where(stop, terminated, rows.terminated.index_select(0, following))
+        ended = torch.where(stop, ended, rows.ended.index_select(0, following))
+        following = torch.where(stop, following, (following + ahead) % size)
+    discount = discount.masked_fill(terminated, 0.0)
+    weight = torch.ones(len(row)) if weight is None else weight.to(real)
+    action = rows.action.index_select(0, row)
+    return Batch(_seen(rows, row), action, reward.to(real), discount.to(real), _seen(rows, following), weight)
+
+
+def _seen(rows: Rows, row: Int64[Tensor, " B"]) -> Observation:
+    if rows.stack > 1:
+        places = [row]
+        for _ in range(rows.stack - 1):
+            places.append((places[-1] - rows.behind.index_select(0, places[-1])) % len(rows.ahead))
+        frames = torch.stack(places[::-1], 1).flatten()
+        return rows.observation[""].index_select(0, frames).unflatten(0, (len(row), rows.stack))
+    parts = {name: part.index_select(0, row) for name, part in rows.observation.items()}
+    return parts.get("", parts)
 
 
 class Replay:
@@ -81,6 +136,9 @@ class Replay:
         self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
         self.action, self.reward, self.terminated, self.ended, self.ahead = (self.table[name] for name, *_ in fields)
         self.behind = np.zeros(capacity if stack > 1 else 0, dtype=np.int32)  # rows to the episode's last one, or 0
+        observed = {name: torch.from_numpy(part) for name, part in self.observation.items()}
+        columns = (self.action, self.reward, self.terminated, self.ended, self.ahead, self.behind)
+        self.rows = Rows(observed, *(torch.from_numpy(column) for column in columns), stack)  # the same memory
         self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
         self.transitions = 0  # since the beginning
         self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
@@ -95,23 +153,28 @@ class Replay:
 
     def append(self, action: np.ndarray, step: environments.Transition) -> None:
         """One step of every environment; reset rows of NEXT_STEP environments are no transitions."""
-        already_reset = step.valid is None
-        took = np.arange(self.num_envs) if step.valid is None else np.flatnonzero(step.valid)
-        over = np.flatnonzero(step.ended) if already_reset else np.zeros(0, dtype=np.int64)
-        finals = self._write(_take(step.next_observation, over), self.open[over]) if len(over) else over
-        begins = step.ended if step.valid is None else ~step.valid
-        fresh = self._write(step.observation, np.where(begins, -1, self.open))
-        successor = fresh.copy()
-        successor[over] = finals
-        rows, begun = self.open[took] % self.capacity, self.open
-        self.action[rows] = action[took].reshape(len(took), *self.action.shape[1:])
-        self.reward[rows] = step.reward[took]
-        self.terminated[rows], self.ended[rows] = step.terminated[took], step.ended[took]
-        self.ahead[rows] = successor[took] - begun[took]
-        self.open = fresh
-        self.transitions += len(took)
-        if self.tree is not None:
-            self.tree.set(rows, self.highest)
+        begun, first = self.open, int(self.open[0])
+        over = _NONE if step.valid is not None else step.ended.nonzero()[0]
+        finals = self._write(_take(step.next_observation, over), begun[over]) if len(over) else over
+        last = None
+        if self.stack > 1:
+            last = np.where(step.ended if step.valid is None else ~step.valid, -1, begun)
+        self.open = self._write(step.observation, last)
+        ahead = self.open - begun
+        if len(over):
+            ahead[over] = finals - begun[over]
+        action = action.reshape(self.num_envs, *self.action.shape[1:])
+        columns = (self.action, self.reward, self.terminated, self.ended, self.ahead)
+        values = (action, step.reward, step.terminated, step.ended, ahead)
+        took: Any = slice(None) if step.valid is None else step.valid
+        slots = self._slots(first, self.num_envs) if step.valid is None else begun[took] % self.capacity
+        for column, value in zip(columns, values, strict=True):
+            column[slots] = value[took]
+        self.transitions += self.num_envs if step.valid is None else len(slots)
+        if self.tree is not None:  # the rows since `first` lie in a row
+            priority = np.zeros(self.written - first)
+            priority[: self.num_envs][took] = self.highest
+            self.tree.set(np.arange(first, self.written) % self.capacity, priority)
 
     def _write(
         self, observation: environments.Observation, last: Int64[np.ndarray, " k"] | None = None
@@ -121,20 +184,24 @@ class Replay:
         `last` are the rows before them, -1 where an episode begins; None: everywhere.
         """
         parts = observation if isinstance(observation, dict) else {"": observation}
-        rows = self.written + np.arange(len(next(iter(parts.values()))))
-        slots = rows % self.capacity
+        rows = np.arange(self.written, self.written + len(next(iter(parts.values()))))
+        slots = self._slots(self.written, len(rows))
         if self.stack > 1:
             parts = {name: part[:, -1] for name, part in parts.items()}
             if self.tree is not None and self.written >= self.capacity:
-                self._forget(slots)
+                self._forget(rows % self.capacity)
             self.behind[slots] = 0 if last is None else np.where(last < 0, 0, rows - last)
         for name, part in parts.items():
             self.observation[name][slots] = part
         self.ahead[slots] = 0
-        if self.tree is not None:
-            self.tree.set(slots, 0.0)
         self.written += len(rows)
         return rows
+
+    def _slots(self, first: int, count: int) -> slice | Int64[np.ndarray, " count"]:
+        """Where so many rows from the first on lie: a slice, unless they go over the end."""
+        first %= self.capacity
+        after = first + count
+        return slice(first, after) if after <= self.capacity else np.arange(first, after) % self.capacity
 
     def _forget(self, slots: Int64[np.ndarray, " k"]) -> None:
         """No priority for rows whose stacks lose the frames of these rows."""
@@ -198,7 +265,7 @@ class Replay:
     ) -> Batch:
         """The transitions that begin at these rows, n steps long or to the episode's end or the newest observation."""
         first = last = self.table.take(row)
-        reward, discount, following = first["reward"], np.full(len(row), gamma), (row + first["ahead"]) % self.capacity
+        reward, discount, following = first["reward"], gamma, (row + first["ahead"]) % self.capacity
         for _ in range(n - 1):
             further = self.table.take(following)
             stop = last["terminated"] | last["ended"] | (further["ahead"] == 0)
@@ -207,10 +274,15 @@ class Replay:
             following = np.where(stop, following, (following + further["ahead"]) % self.capacity)
             last = np.where(stop, last, further)
         discount = np.where(last["terminated"], 0.0, discount)
-        numbers = (reward, discount, np.ones(len(row)) if weight is None else weight)
-        rewards, discounts, weights = (torch.from_numpy(number.astype(_float())) for number in numbers)
-        action = torch.from_numpy(first["action"].copy())
-        return Batch(self._observed(row), action, rewards, discounts, self._observed(following), weights, row)
+        real = _float()
+        return Batch(
+            self._observed(row),
+            torch.from_numpy(first["action"].copy()),
+            torch.from_numpy(reward.astype(real)),
+            torch.from_numpy(discount.astype(real)),
+            self._observed(following),
+            torch.ones(len(row)) if weight is None else torch.from_numpy(weight.astype(real)),
+        )
 
     def _observed(self, row: Int64[np.ndarray, " B"]) -> Observation:
         if self.stack > 1:

@@ -241,6 +241,7 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
         state, nets = begin(config, session, theta)
         step = offpolicy_program.of(learn, nets, config, session)
         acts = offpolicy_program.acting(act, nets.actor, session)
+        shape = state.replay.action.shape[1:]
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             world = offpolicy.collect(behaviour(state, nets.actor, config, acts), state, config, config.train_interval)
@@ -249,9 +250,9 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                batch = offpolicy.batch(state, config, random)
-                noise = torch.randn(2, *batch.action.shape, generator=random)
-                state, part, numbers = step(state, nets, batch, noise, config)  # 2. to 4., see `learn`
+                drawn = offpolicy.draw(state, config, random)
+                noise = torch.randn(2, len(drawn.row), *shape, generator=random)
+                state, part, numbers = step(state, nets, drawn, noise, config)  # 2. to 4., see `learn`
 
             state = offpolicy.advance(state, world, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)

@@ -166,8 +166,8 @@ def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for _ in range(count):
-                batch = offpolicy.batch(state, config, random)
-                state, part, numbers = step(state, net, batch, None, config)  # 2. to 4., see `learn`
+                drawn = offpolicy.draw(state, config, random)
+                state, part, numbers = step(state, net, drawn, None, config)  # 2. to 4., see `learn`
 
             if offpolicy.passed(config.target_interval, state.step, world.steps):
                 offpolicy.follow(state.others["target"], state.theta, config.target_tau)

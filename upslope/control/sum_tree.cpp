@@ -20,17 +20,25 @@ int64_t after(const double* rising, int64_t count, double x) {
     return base - rising + (*base <= x);
 }
 
+// Where a call's numbers lie: indices, which `find` writes, their priorities or shares, and room for its own.
+struct Room {
+    int64_t* index;
+    const double* value;
+    double* rest;
+    double* sums;  // as many as the top has nodes
+};
+
 }  // namespace
 
 extern "C" {
 
 // Leaves first, each in its turn, then the sums above them, level by level. False where an index is none of a leaf.
-bool set(double* const* levels, int64_t depth, int64_t leaves, const int64_t* index, int64_t count,
-         const double* priority, int64_t stride) {
+bool set(double* const* levels, int64_t depth, int64_t leaves, const Room* room, int64_t count) {
+    const int64_t* index = room->index;
     for (int64_t i = 0; i < count; ++i) {
         if (index[i] < 0 || index[i] >= leaves) return false;
     }
-    for (int64_t i = 0; i < count; ++i) levels[0][index[i]] = priority[i * stride];
+    for (int64_t i = 0; i < count; ++i) levels[0][index[i]] = room->value[i];
     int64_t families = FAN_OUT;
     for (int64_t level = 1; level <= depth; ++level, families *= FAN_OUT) {
         for (int64_t i = 0; i < count; ++i) {
@@ -44,10 +52,10 @@ bool set(double* const* levels, int64_t depth, int64_t leaves, const int64_t* in
     return true;
 }
 
-// levels[depth] is the top, `width` nodes; sums is room for as many, rest for `count`. Returns the total. All shares go
-// down a level before any goes down the next: the processor then waits for many memory accesses at once.
-double find(double* const* levels, int64_t depth, int64_t width, double* sums, const double* share, double* rest,
-            int64_t count, int64_t* leaf) {
+// levels[depth] is the top, `width` nodes. Returns the total. All shares go down a level before any goes down the next:
+// the processor then waits for many memory accesses at once.
+double find(double* const* levels, int64_t depth, int64_t width, const Room* room, int64_t count) {
+    const auto [leaf, share, rest, sums] = *room;
     double total = 0;
     for (int64_t node = 0; node < width; ++node) sums[node] = total += levels[depth][node];
     if (!(total > 0)) return total;

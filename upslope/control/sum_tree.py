@@ -91,37 +91,43 @@ class SumTree:
 
 
 class _Native:
-    """The compiled twin, on the same arrays."""
+    """The compiled twin, on the same arrays. What a call takes is copied to where C++ has an address of already."""
 
     def __init__(self, functions: ctypes.CDLL, levels: Sequence[np.ndarray], top: np.ndarray) -> None:
         self.arrays = [*levels, top]  # kept alive: C++ has their addresses only
-        self.addresses = (ctypes.c_void_p * len(self.arrays))(*(array.ctypes.data for array in self.arrays))
-        self.sums, self.depth, self.leaves = np.zeros(len(top)), len(levels), levels[0].size
+        self.tree = _addresses(*self.arrays), len(levels)
+        self.sums, self.leaves = np.zeros(len(top)), levels[0].size
         self.functions = functions
+        self._make_room(256)
 
     @classmethod
     def of(cls, levels: Sequence[np.ndarray], top: np.ndarray) -> "_Native | None":
         functions = native.library()
         return None if functions is None else cls(functions, levels, top)
 
+    def _make_room(self, count: int) -> None:
+        self.index, self.value, self.rest = np.empty(count, dtype=np.int64), np.empty(count), np.empty(count)
+        self.room = _addresses(self.index, self.value, self.rest, self.sums)
+
     def set(self, index: Int64[np.ndarray, " k"], priority: Float[np.ndarray, " k"] | float) -> None:
-        index, values = np.ascontiguousarray(index, dtype=np.int64), np.asarray(priority, dtype=np.float64, order="C")
-        if not self.functions.set(
-            self.addresses, self.depth, self.leaves, index.ctypes.data, len(index), values.ctypes.data, values.ndim
-        ):
+        count = len(index)
+        if count > len(self.index):
+            self._make_room(count)
+        self.index[:count], self.value[:count] = index, priority
+        if not self.functions.set(*self.tree, self.leaves, self.room, count):
             raise IndexError(f"index is {index}, allowed: 0 to {self.leaves - 1}")
 
     def find(self, share: Float[np.ndarray, " k"]) -> tuple[Int64[np.ndarray, " k"], float]:
-        share, rest, leaf = (
-            np.ascontiguousarray(share, dtype=np.float64),
-            np.empty(len(share)),
-            np.empty(len(share), int),
-        )
-        total = self.functions.find(
-            self.addresses, self.depth, len(self.sums), self.sums.ctypes.data, share.ctypes.data,
-            rest.ctypes.data, len(share), leaf.ctypes.data,
-        )  # fmt: skip
-        return leaf, total
+        count = len(share)
+        if count > len(self.index):
+            self._make_room(count)
+        self.value[:count] = share
+        total = self.functions.find(*self.tree, len(self.sums), self.room, count)
+        return self.index[:count].copy(), total
+
+
+def _addresses(*arrays: np.ndarray) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
 def _below(rest: Float[np.ndarray, " k"], total: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:

@@ -166,6 +166,7 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
         state, nets = begin(config, session, theta)
         step = offpolicy_program.of(learn, nets, config, session)
         acts = offpolicy_program.acting(action_noise.act, nets.actor, session)
+        shape = state.replay.action.shape[1:]
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             choose = action_noise.behaviour(state, nets.actor, config, acts)
@@ -175,10 +176,10 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
             random, part = offpolicy.noise(state, config, "replay"), None
             numbers: dict[str, float] = {}
             for k in range(count):
-                batch = offpolicy.batch(state, config, random, config.n_step)
-                noise = torch.randn(batch.action.shape, generator=random)
+                drawn = offpolicy.draw(state, config, random, config.n_step)
+                noise = torch.randn(len(drawn.row), *shape, generator=random)
                 due = (state.updates + k + 1) % config.policy_delay == 0
-                state, part, now = step(state, nets, batch, noise, config, due)  # 2. to 4., see `learn`
+                state, part, now = step(state, nets, drawn, noise, config, due)  # 2. to 4., see `learn`
                 numbers |= now
 
             state = offpolicy.advance(state, world, count)
