@@ -225,6 +225,23 @@ def test_results_keep_their_structure() -> None:
         ahead.compiled(function)(Outer.State(a, 1), {1}, {})
 
 
+@pytest.mark.slow
+def test_steady_arguments_may_be_others() -> None:
+    """Looked at again only where one is another object: its numbers count, and its kinds are checked."""
+    compiled = ahead.compiled(lambda held, x: held["a"] * held["b"] + x, loops=False, steady=1)
+    first = {"a": torch.tensor([2.0]), "b": torch.tensor([3.0])}
+    assert [compiled(first, torch.tensor([x])).item() for x in (1.0, 2.0)] == [7.0, 8.0]
+    first["a"].fill_(5.0)  # the same tensor with another number
+    assert compiled(first, torch.tensor([1.0])).item() == 16.0
+    assert compiled({"a": torch.tensor([7.0]), "b": torch.tensor([2.0])}, torch.tensor([1.0])).item() == 15.0
+    assert compiled(first, torch.tensor([1.0])).item() == 16.0
+    for wrong in ({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(1)}):
+        with pytest.raises(ValueError, match=r"a program was made for tensors .* called with"):
+            compiled(wrong, torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"a program was made for tensors .* called with"):
+        compiled(first, torch.ones(2))
+
+
 def test_a_structure_survives_its_way_through_a_file() -> None:
     gives = {"tuple": [0, {"dict": {"a": {"given": 3}, "b": {"value": None}}}], "type": Outer.State}
     assert ahead._typed(json.loads(json.dumps(ahead._named(gives)))) == gives

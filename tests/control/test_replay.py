@@ -105,6 +105,17 @@ def equal(one: Any, other: Any) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(other))
 
 
+def fields(batch: replay.Batch) -> list[tuple[torch.dtype, torch.Size, bytes]]:
+    """Type, shape and bytes of all that a batch is made of."""
+    parts = [part for field in batch for part in (field.values() if isinstance(field, dict) else [field])]
+    return [(part.dtype, part.shape, part.numpy().tobytes()) for part in parts]
+
+
+def gathered(memory: Replay, row: np.ndarray, n: int) -> list[tuple[torch.dtype, torch.Size, bytes]]:
+    """What a program makes of the same rows."""
+    return fields(replay.gather(memory.rows, replay.Drawn(torch.from_numpy(row), None, 0.9, n)))
+
+
 def name(observation: Any) -> bytes:
     """No two observations have the same bytes."""
     parts = observation.values() if isinstance(observation, dict) else [observation]
@@ -139,6 +150,7 @@ def test_every_transition_is_the_one_that_happened(
     else:  # rows without a transition are finals and those the environments stand at
         assert len(here) > capacity // 2
     batch = memory.batch(here, 0.9, length)
+    assert gathered(memory, here, length) == fields(batch)
     found = set()
     places: dict[bytes, list[tuple[int, int]]] = {}
     for i, steps in enumerate(true):
@@ -249,6 +261,7 @@ def test_frames_are_stored_once_and_stacks_are_those_of_the_environment(
         ours, theirs = (memory.batch(usable, 0.9, length) for memory in (once, whole))
         for name_, mine in ours._asdict().items():
             assert np.array_equal(np.asarray(mine), np.asarray(getattr(theirs, name_))), name_
+        assert gathered(once, usable, length) == fields(ours)
     oldest = whole.written - min(whole.written, capacity)
     youngest = whole.written - 1 - (whole.written - 1 - here) % capacity
     assert set(here) - set(usable) <= set(here[youngest < oldest + 3 * 2 * n])  # few, and the oldest
@@ -472,6 +485,9 @@ def test_put_away_and_brought_back(
     samples = [m.prioritised(64, torch.Generator().manual_seed(9), 0.5) for m in (memory, whole)]
     assert np.array_equal(samples[0][0], samples[1][0])
     assert np.array_equal(samples[0][1], samples[1][1])
+    row, weight = samples[0]
+    drawn = replay.Drawn(torch.from_numpy(row), torch.from_numpy(weight), 0.9, 3)
+    assert fields(replay.gather(memory.rows, drawn)) == fields(memory.batch(row, 0.9, 3, weight))
     batches = [m.batch(row, 0.9, 3) for m, (row, _) in zip((memory, whole), samples, strict=True)]
     assert all(equal(x, y) for x, y in zip(*batches, strict=True))
     if steps >= 600 and capacity >= 700:

@@ -244,9 +244,7 @@ def test_a_learned_temperature_reaches_the_target_entropy() -> None:
     random, entropies = torch.Generator().manual_seed(0), []
     slope_of_q = torch.full((64,), 1.0)
     observation = torch.zeros(64, 3)
-    batch = replay.Batch(
-        observation, torch.zeros(64, 1), slope_of_q, slope_of_q, observation, slope_of_q
-    )
+    batch = replay.Batch(observation, torch.zeros(64, 1), slope_of_q, slope_of_q, observation, slope_of_q)
 
     def judged(
         theta: torch.Tensor, nets: sac.Nets, noise: torch.Tensor, alpha: float

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upslope.control import compilation, fingerprints
+from upslope.control import compilation, compiler, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 
 def compiled(
-    function: Callable[..., Any], loops: bool = True, kept: Callable[[], None] | None = None
+    function: Callable[..., Any], loops: bool = True, kept: Callable[[], None] | None = None, steady: int = 0
 ) -> Callable[..., Any]:
     """The function as one program, made or loaded at its first call; a part that cannot be in it is an error.
 
@@ -58,23 +58,30 @@ def compiled(
         loops: there may be a `loop` in it. Buffers are then not overwritten in place, for Inductor's C++ wrapper
             declares a loop's results twice if they are.
         kept: called once there is a program that later processes will find.
+        steady: so many of the first arguments are the same objects at call after call, with the same tensors in them:
+            they are looked at again only where one is another object.
 
     Raises, when called:
         ValueError: tensors of other shapes, types or strides than at first.
         TypeError: an argument or a result of another kind.
     """
     made: list[tuple[Program, list[Any]]] = []
-    before: list[Tensor] = []  # what it was called with: θ and the like are the same tensors each time
+    firm: list[Any] = []
+    known: list[Tensor] = []  # theirs
 
     def program(*inputs: Any) -> Any:
-        leaves: list[Tensor] = []
-        _flatten(inputs, leaves)
+        new = not made or not all(map(operator.is_, firm, inputs))
+        if new:
+            firm[:] = inputs[:steady]
+            known.clear()
+            _flatten(firm, known)
+        leaves = known.copy()
+        _flatten(inputs[steady:], leaves)
         if not made:
             made.append((_load_or_make(function, inputs, leaves, loops, kept), [_kind(leaf) for leaf in leaves]))
-            before[:] = leaves
         (run, takes, gives, held), kinds = made[0]
-        new = [i for i, same in enumerate(map(operator.is_, leaves, before)) if not same]
-        if len(leaves) != len(kinds) or any(_kind(leaves[i]) != kinds[i] for i in new):
+        first = 0 if new else len(known)
+        if [_kind(leaf) for leaf in leaves[first:]] != kinds[first:]:
             called = [_kind(leaf) for leaf in leaves]
             raise ValueError(f"a program was made for tensors {kinds} (shape, strides, type), called with {called}")
         leaves += held
@@ -193,7 +200,8 @@ def _make(
     with tempfile.TemporaryDirectory(dir=folder) as sources, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
         options = {"inplace_buffers": not loops, "aot_inductor.output_path": str(Path(sources) / LIBRARY)}
-        library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options(loops) | options)
+        with compiler.hurried():
+            library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options(loops) | options)
         os.rename(library, folder / LIBRARY)
         for file in Path(sources).glob("*.wrapper.json"):
             os.rename(file, folder / FALLBACKS)

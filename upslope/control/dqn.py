@@ -153,8 +153,8 @@ def behaviour(state: State, net: Net, config: DQN, acts: offpolicy.Act | None = 
     random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
     shape = (config.train_interval, n)
     actions = int(state.world.envs.action_space.n)  # type: ignore[attr-defined]
-    uniform = torch.rand(shape, generator=random)
-    any_action = torch.randint(actions, shape, generator=random)
+    uniform = torch.rand(shape, generator=random).unbind()
+    any_action = torch.randint(actions, shape, generator=random).unbind()
     weights = noises(net, config.train_interval, random)
     annealed = max(1, round(config.epsilon_fraction * config.total_steps))
 

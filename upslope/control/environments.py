@@ -17,12 +17,13 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 
 from upslope.control import atari, episodes, masks, networks, tensor_environments
 from upslope.control.atari import Atari
 from upslope.control.envpool import EnvPool
+from upslope.control.sync_vector import SyncVector
 from upslope.control.tensor_vector import TensorVector
 from upslope.runs import settings
 from upslope.runs.randomness import derive
@@ -370,7 +371,7 @@ def make(
             for i, shot in enumerate(shots)
         ]
         mode = AutoresetMode[config.autoreset.replace("-", "_").upper()]
-        vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
+        vector: type = AsyncVectorEnv if config.vectorization == "async" else SyncVector
         envs = vector(starts, autoreset_mode=mode)
     if not exact:
         log.warning("%s: its state cannot be restored exactly, a resumed run will not be bitwise equal", config.id)
@@ -443,11 +444,18 @@ def _place(observation: Observation, final: np.ndarray, ended: np.ndarray) -> Ob
     return successor
 
 
+def _screened(value: np.ndarray) -> bool:
+    """Is it finite for sure? A sum costs one pass and no memory."""
+    return value.dtype.kind != "f" or math.isfinite(np.add.reduce(value, axis=None))
+
+
 def _non_finite(observation: Observation, reward: np.ndarray | None = None) -> tuple[str, int] | None:
-    """The first environment with a non-finite number, or None. A sum screens first: it costs one pass and no memory."""
+    """The first environment with a non-finite number, or None."""
+    if not isinstance(observation, dict) and _screened(observation) and (reward is None or _screened(reward)):
+        return None
     parts = observation if isinstance(observation, dict) else {"observation": observation}
     for name, value in (*parts.items(), *((("reward", reward),) if reward is not None else ())):
-        if value.dtype.kind == "f" and not math.isfinite(value.sum()):
+        if not _screened(value):
             finite = np.isfinite(value).reshape(len(value), -1).all(1)
             if not finite.all():
                 return name, int(np.flatnonzero(~finite)[0])

@@ -401,5 +401,5 @@ def to_tensors(observation: Any) -> Observation:
     """NumPy observations as tensors: float64 becomes the default float dtype, the rest keeps its type."""
     if isinstance(observation, dict):
         return {key: to_tensors(value) for key, value in observation.items()}
-    tensor = torch.from_numpy(np.ascontiguousarray(observation))
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype.is_floating_point else tensor
+    tensor, real = torch.from_numpy(np.ascontiguousarray(observation)), torch.get_default_dtype()
+    return tensor.to(real) if tensor.dtype is not real and tensor.dtype.is_floating_point else tensor

@@ -66,16 +66,21 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Step:
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
-            theta: Tensor, others: dict[str, Tensor], memories: Any, progress: Any, rows: Rows, drawn: Drawn,
-            normalizer: Normalizer, noise: Any,
-        ) -> tuple[dict[str, Any], Any, dict[str, Any]]:  # fmt: skip
+            theta: Tensor, others: dict[str, Tensor], rows: Rows, observed: dict[str, Any], averages: dict[str, Any],
+            numbers: Tensor, drawn: Drawn, noise: Any,
+        ) -> tuple[Tensor, tuple[str, ...], Any]:  # fmt: skip
             nothing: Any = None
+            progress: Any
+            progress, *steps = numbers.unbind()
+            memories: Any = dict(zip(averages, map(optimizers.State, steps, averages.values()), strict=True))  # type: ignore[arg-type]
             inside = State(theta, others, memories, nothing, nothing, 0, progress, 0)  # a run of one step
-            batch = offpolicy.seen(replay.gather(rows, drawn), normalizer, settings)
-            after, part, numbers = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
-            return {name: memory.step for name, memory in after.optimizer.items()}, part, numbers
+            batch = offpolicy.seen(replay.gather(rows, drawn), Normalizer(observed, nothing, nothing), settings)
+            after, part, values = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
+            given = [*(after.optimizer[name].step for name in averages), *values.values()]
+            flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in given])
+            return flat, tuple(values), part
 
-        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config))
+        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config), steady=4)
 
     def run(
         state: State, nets: Any, drawn: Drawn, noise: Any, config: Config, *fixed: Any
@@ -96,27 +101,24 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
 
-    return ahead.compiled(choice, loops=False)
+    return ahead.compiled(choice, loops=False, steady=1)
 
 
 def _moved(
     program: Callable[..., Any], state: State, progress: float, drawn: Drawn, noise: Any
 ) -> tuple[State, Any, dict[str, float]]:
     """Run a program; θs and memories are updated in place."""
-    memories = {name: optimizers.State(_number(kept.step), kept.memory) for name, kept in state.optimizer.items()}
-    steps, part, numbers = program(
-        state.theta, state.others, memories, _number(progress), state.replay.rows, drawn, state.world.normalizer, noise
-    )
-    values = {name: float(value) for name, value in numbers.items()}
-    for name in values:
-        if name.endswith("grad_norm") and not math.isfinite(values[name]):
-            raise ValueError(f"the gradient is not finite, {name} is {values[name]} at step {state.step} of the run")
-    moved = {name: optimizers.State(int(steps[name]), kept.memory) for name, kept in state.optimizer.items()}
+    averages = {name: kept.memory for name, kept in state.optimizer.items()}
+    numbers = torch.tensor([progress, *(kept.step for kept in state.optimizer.values())], dtype=torch.float64)
+    observed = state.world.normalizer.observation
+    flat, names, part = program(state.theta, state.others, state.replay.rows, observed, averages, numbers, drawn, noise)
+    plain = flat.tolist()
+    values = dict(zip(names, plain[len(averages) :], strict=True))
+    for name, value in values.items():
+        if name.endswith("grad_norm") and not math.isfinite(value):
+            raise ValueError(f"the gradient is not finite, {name} is {value} at step {state.step} of the run")
+    moved = {name: optimizers.State(int(step), averages[name]) for name, step in zip(averages, plain, strict=False)}
     return state._replace(optimizer=moved), part, values
-
-
-def _number(value: float) -> Any:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def _pure(nets: Any) -> Any:

@@ -137,8 +137,8 @@ class Replay:
         self.action, self.reward, self.terminated, self.ended, self.ahead = (self.table[name] for name, *_ in fields)
         self.behind = np.zeros(capacity if stack > 1 else 0, dtype=np.int32)  # rows to the episode's last one, or 0
         observed = {name: torch.from_numpy(part) for name, part in self.observation.items()}
-        columns = (self.action, self.reward, self.terminated, self.ended, self.ahead, self.behind)
-        self.rows = Rows(observed, *(torch.from_numpy(column) for column in columns), stack)  # the same memory
+        columns = {name: torch.from_numpy(getattr(self, name)) for name in Rows._fields[1:-1]}
+        self.rows = Rows(observed, **columns, stack=stack)  # the same memory
         self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
         self.transitions = 0  # since the beginning
         self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
@@ -170,7 +170,7 @@ class Replay:
         slots = self._slots(first, self.num_envs) if step.valid is None else begun[took] % self.capacity
         for column, value in zip(columns, values, strict=True):
             column[slots] = value[took]
-        self.transitions += self.num_envs if step.valid is None else len(slots)
+        self.transitions += self.num_envs if step.valid is None else int(step.valid.sum())
         if self.tree is not None:  # the rows since `first` lie in a row
             priority = np.zeros(self.written - first)
             priority[: self.num_envs][took] = self.highest
@@ -225,10 +225,8 @@ class Replay:
         """Rows of transitions, each as likely as any other, with replacement. Rows without one are drawn again."""
         filled = min(self.written, self.capacity)
         row = torch.randint(filled, (size,), generator=generator).numpy()
-        empty = ~self.usable(row)
-        while empty.any():
-            row[empty] = torch.randint(filled, (int(empty.sum()),), generator=generator).numpy()
-            empty = ~self.usable(row)
+        while len(empty := (~self.usable(row)).nonzero()[0]):
+            row[empty] = torch.randint(filled, (len(empty),), generator=generator).numpy()
         return row
 
     def prioritised(
@@ -265,6 +263,7 @@ class Replay:
     ) -> Batch:
         """The transitions that begin at these rows, n steps long or to the episode's end or the newest observation."""
         first = last = self.table.take(row)
+        discount: Any
         reward, discount, following = first["reward"], gamma, (row + first["ahead"]) % self.capacity
         for _ in range(n - 1):
             further = self.table.take(following)
