@@ -360,7 +360,7 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
         return commands.parse(algorithm, kind, arguments)
     import tyro
 
-    from upslope.control import environments, presets
+    from upslope.control import factory, presets
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env", "--environment.id", dest="env", default=kind().environment.id)
@@ -373,7 +373,7 @@ def _parse_config(algorithm: str, kind: type, arguments: list[str]) -> Any:
     if known.env.startswith("upslope/"):  # a problem of the zoo
         known.env = f"upslope.exact.registration:{known.env}"
     if not any("envpool" in word for word in rest):
-        environments.register(known.env)  # an unknown id is said before anything else
+        factory.register(known.env)  # an unknown id is said before anything else
     preset = getattr(presets, algorithm.replace("-", "_"))(known.env) if known.preset else None
     if preset is not None:
         note = " (not trained to convergence here)" if known.env in presets.NOT_TRAINED_TO_CONVERGENCE else ""

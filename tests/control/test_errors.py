@@ -15,7 +15,7 @@ import pytest
 
 from tests.control import faulty
 from tests.control.faulty import LENGTH, OBSERVATION, RAISE, RESET, REWARD
-from upslope.control import agent, environments, networks, normalization, ppo, presets
+from upslope.control import agent, environments, factory, networks, normalization, ppo, presets
 from upslope.control.environments import Config
 from upslope.control.ppo import PPO
 from upslope.runs import checkpoint
@@ -203,12 +203,12 @@ def test_an_unknown_id_is_answered_with_the_nearest(asked: str, meant: str) -> N
 
 def test_an_id_like_no_other() -> None:
     with pytest.raises(ValueError, match=r"'qqqqqqqq' is not a registered Gymnasium environment$"):
-        environments.register("qqqqqqqq")
+        factory.register("qqqqqqqq")
 
 
 def test_an_id_of_a_module_that_is_missing() -> None:
     with pytest.raises(ValueError, match=r"'nowhere\.at\.all:Id-v0'.*No module named 'nowhere'"):
-        environments.register("nowhere.at.all:Id-v0")
+        factory.register("nowhere.at.all:Id-v0")
 
 
 @pytest.mark.parametrize(

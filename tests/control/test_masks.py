@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from tests.control import recall, worlds
 from upslope.control import environments, learner, masks, networks, ppo, rollout
-from upslope.control.environments import Single
+from upslope.control.factory import Single
 from upslope.control.ppo import PPO
 from upslope.runs import run as runs
 from upslope.runs.run import Run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.control import worlds
-from upslope.control import environments, episodes, normalization, rollout
+from upslope.control import environments, episodes, factory, normalization, rollout
 from upslope.control.environments import Config
 from upslope.core import advantages, distributions, returns
 
@@ -187,10 +187,10 @@ def test_native_state_and_generator_come_back() -> None:
 
 
 def test_the_self_check_finds_who_forgets_and_who_does_not() -> None:
-    assert episodes.replay_check(environments.Single(Config("Clock-v0"))) == (False, True)
-    assert episodes.replay_check(environments.Single(Config("Forgetful-v0"))) == (True, True)
-    assert episodes.replay_check(environments.Single(Config("BipedalWalker-v3"))) == (True, True)
-    assert episodes.replay_check(environments.Single(Config("LunarLander-v3"))) == (False, True)
+    assert episodes.replay_check(factory.Single(Config("Clock-v0"))) == (False, True)
+    assert episodes.replay_check(factory.Single(Config("Forgetful-v0"))) == (True, True)
+    assert episodes.replay_check(factory.Single(Config("BipedalWalker-v3"))) == (True, True)
+    assert episodes.replay_check(factory.Single(Config("LunarLander-v3"))) == (False, True)
 
 
 def test_returns_and_lengths_of_finished_episodes() -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upslope.control import environments, memory, networks, normalization
-from upslope.control.environments import Single
+from upslope.control.factory import Single
 from upslope.control.networks import to_tensors
 from upslope.control.normalization import Normalizer
 from upslope.control.parameters import Net
