@@ -202,7 +202,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (  # where a name is looked up when it
     (Environments, "step", "environment"),
     (rollout, "collect", "collect"),
     (offpolicy, "collect", "collect"),
-    (offpolicy, "batch", "replay"),
+    (offpolicy, "draw", "replay"),
     (offpolicy_program, "_moved", "program"),
     (tensor_rollout, "draw", "noise"),
     (program, "_moved", "program"),
