@@ -17,7 +17,8 @@ def compiling(script: str, name: str) -> str:
 
 def test_objects_are_compiled_side_by_side_and_waited_for(tmp_path: Path) -> None:
     one, two, linked = (tmp_path / name for name in ("one", "two", "linked"))
-    both = f"touch {{}}; while [ ! -e {one} ] || [ ! -e {two} ]; do sleep 0.01; done; sleep 0.2; touch {{}}.o"
+    met = f"[ -e {one} ] && [ -e {two} ]"
+    both = f"touch {{}}; for _ in $(seq 1000); do {met} && break; sleep 0.01; done; sleep 0.2; {met} && touch {{}}.o"
     with compiler.hurried():
         for path in (one, two):  # each waits until the other has begun
             cpp_builder.run_compile_cmd(compiling(both.format(path, path), path.name), str(tmp_path))
