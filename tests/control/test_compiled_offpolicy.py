@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from upslope.control import actors, ddpg, dqn, environments, offpolicy, offpolicy_program, qnetworks, sac, soft_q, td3
+from upslope.control import (
+    actors,
+    ddpg,
+    dqn,
+    environments,
+    normalization,
+    offpolicy,
+    offpolicy_program,
+    qnetworks,
+    sac,
+    soft_q,
+    td3,
+)
 from upslope.control.offpolicy import State
 from upslope.runs import checkpoint
 from upslope.runs import run as runs
@@ -17,13 +29,14 @@ pytestmark = pytest.mark.slow
 SMALL = {"total_steps": 60, "learning_starts": 20, "replay_capacity": 200, "batch_size": 16}
 STOCHASTIC, CRITICS = actors.Stochastic(hidden=(16, 16)), actors.Config(hidden=(16, 16))
 GRIDS = environments.Config("CartPole-v1", 2, "sync")
+NORMALIZED = normalization.Config(observation=True)
 PENDULUM = environments.Config("Pendulum-v1", 2, "sync")
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "sac": (sac, sac.SAC(PENDULUM, STOCHASTIC, anneal_learning_rate=True, **SMALL)),  # type: ignore[arg-type]
     "sac with V": (sac, sac.SAC(PENDULUM, STOCHASTIC, value_network=True, learn_alpha=False, **SMALL)),  # type: ignore[arg-type]
     "td3": (td3, td3.TD3(PENDULUM, CRITICS, **SMALL)),  # type: ignore[arg-type]
     "ddpg": (ddpg, ddpg.DDPG(PENDULUM, CRITICS, **SMALL)),  # type: ignore[arg-type]
-    "soft-q": (soft_q, soft_q.SoftQ(GRIDS, qnetworks.Boltzmann((16,)), target_interval=10, **SMALL)),  # type: ignore[arg-type]
+    "soft-q": (soft_q, soft_q.SoftQ(GRIDS, qnetworks.Boltzmann((16,)), NORMALIZED, target_interval=10, **SMALL)),  # type: ignore[arg-type]
     "dqn": (
         dqn,
         dqn.DQN(

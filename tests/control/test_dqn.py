@@ -59,6 +59,23 @@ def begun(config: DQN, steps: int = 30) -> tuple[State, Net]:
     return state, net
 
 
+def test_observations_are_learned_from_as_they_are_acted_on() -> None:
+    """Normalised, with the statistics of all that was seen before; by NumPy."""
+    config = small(normalize=normalization.Config(observation=True, observation_clip=1.5))
+    state, _ = begun(config, 40)
+    drawn = offpolicy.draw(state, config, torch.Generator().manual_seed(0))
+    row, memory = drawn.row.numpy(), state.replay
+    batch = offpolicy.batch(state, config, drawn)
+    seen = state.world.normalizer.observation[""]
+    for found, raw in (
+        (batch.observation, memory.observation[""][row]),
+        (batch.next_observation, memory.observation[""][row + memory.ahead[row]]),
+    ):
+        scaled = (raw - seen.mean.numpy()) / np.sqrt(seen.variance().numpy() + 1e-8)
+        assert np.abs(scaled).max() > 1.5
+        np.testing.assert_allclose(found.numpy(), np.clip(scaled, -1.5, 1.5), rtol=1e-4, atol=1e-5)
+
+
 def forward(net: Net, theta: torch.Tensor, observation: np.ndarray) -> np.ndarray:
     """Q by NumPy, float64: two relu layers and a linear one."""
     views = [view.double().numpy() for view in net.views(theta.detach()).values()]

@@ -28,8 +28,7 @@ from upslope.runs import checkpoint
 
 FIELDS: list[Any] = [
     ("reward", np.float64),
-    ("terminated", np.bool_),
-    ("ended", np.bool_),  # terminated or truncated; a lost life only terminates
+    ("terminated", np.bool_),  # by a lost life as well, after which the episode goes on
     ("ahead", np.int32),  # rows to the successor; 0: no transition begins here
 ]
 _NONE = np.zeros(0, dtype=np.int64)
@@ -43,7 +42,6 @@ class Rows(NamedTuple):
     action: Tensor
     reward: Tensor
     terminated: Tensor
-    ended: Tensor
     ahead: Tensor
     behind: Tensor  # empty where an observation is no stack
     stack: int
@@ -76,14 +74,12 @@ def gather(rows: Rows, drawn: Drawn) -> Batch:
     reward, terminated = rows.reward.index_select(0, row), rows.terminated.index_select(0, row)
     following = (row + rows.ahead.index_select(0, row)) % size
     discount = torch.full_like(reward, gamma)
-    ended = rows.ended.index_select(0, row) if n > 1 else terminated
     for _ in range(n - 1):
         ahead = rows.ahead.index_select(0, following)
-        stop = terminated | ended | (ahead == 0)
+        stop = terminated | (ahead == 0)
         reward = reward + torch.where(stop, 0.0, discount * rows.reward.index_select(0, following))
         discount = torch.where(stop, discount, gamma * discount)
         terminated = torch.where(stop, terminated, rows.terminated.index_select(0, following))
-        ended = torch.where(stop, ended, rows.ended.index_select(0, following))
         following = torch.where(stop, following, (following + ahead) % size)
     discount = discount.masked_fill(terminated, 0.0)
     weight = torch.ones(len(row)) if weight is None else weight.to(real)
@@ -134,7 +130,7 @@ class Replay:
         shape = (math.prod(action_space.shape),) if isinstance(action_space, spaces.Box) else action_space.shape
         fields = [("action", _stored(action_space), shape), *FIELDS]
         self.table = np.zeros(capacity, np.dtype(fields, align=True))  # what is read together lies together
-        self.action, self.reward, self.terminated, self.ended, self.ahead = (self.table[name] for name, *_ in fields)
+        self.action, self.reward, self.terminated, self.ahead = (self.table[name] for name, *_ in fields)
         self.behind = np.zeros(capacity if stack > 1 else 0, dtype=np.int32)  # rows to the episode's last one, or 0
         observed = {name: torch.from_numpy(part) for name, part in self.observation.items()}
         columns = {name: torch.from_numpy(getattr(self, name)) for name in Rows._fields[1:-1]}
@@ -164,8 +160,8 @@ class Replay:
         if len(over):
             ahead[over] = finals - begun[over]
         action = action.reshape(self.num_envs, *self.action.shape[1:])
-        columns = (self.action, self.reward, self.terminated, self.ended, self.ahead)
-        values = (action, step.reward, step.terminated, step.ended, ahead)
+        columns = (self.action, self.reward, self.terminated, self.ahead)
+        values = (action, step.reward, step.terminated, ahead)
         took: Any = slice(None) if step.valid is None else step.valid
         slots = self._slots(first, self.num_envs) if step.valid is None else begun[took] % self.capacity
         for column, value in zip(columns, values, strict=True):
@@ -267,7 +263,7 @@ class Replay:
         reward, discount, following = first["reward"], gamma, (row + first["ahead"]) % self.capacity
         for _ in range(n - 1):
             further = self.table.take(following)
-            stop = last["terminated"] | last["ended"] | (further["ahead"] == 0)
+            stop = last["terminated"] | (further["ahead"] == 0)
             reward = reward + np.where(stop, 0.0, discount * further["reward"])
             discount = np.where(stop, discount, gamma * discount)
             following = np.where(stop, following, (following + further["ahead"]) % self.capacity)
@@ -341,7 +337,7 @@ class Replay:
             part[row % self.capacity] = tensors[name].numpy()
 
     def _columns(self) -> dict[str, np.ndarray]:
-        names = ("action", "reward", "terminated", "ended", "ahead", *(("behind",) if self.stack > 1 else ()))
+        names = ("action", "reward", "terminated", "ahead", *(("behind",) if self.stack > 1 else ()))
         observed = {f"observation.{name}": part for name, part in self.observation.items()}
         return observed | {name: getattr(self, name) for name in names}
 
