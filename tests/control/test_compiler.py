@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor import cpp_builder, exc
-from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, VecAVX512VNNI, VecISA
 
 from upslope.control import compiler
 
@@ -41,20 +42,45 @@ def test_what_runs_is_ended_and_inductor_left_as_it_was(tmp_path: Path) -> None:
     def fail() -> None:
         with compiler.hurried():
             assert cpp_builder.run_compile_cmd is not run
-            cpp_builder.run_compile_cmd(compiling("exec sleep 60", "a"), str(tmp_path))
+            script = f"sleep 60 & echo $! > {tmp_path / 'child'}; touch {tmp_path / 'begun'}; wait"
+            cpp_builder.run_compile_cmd(compiling(script, "a"), str(tmp_path))
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
             raise RuntimeError("elsewhere")
 
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="elsewhere"):
         fail()
     assert time.monotonic() - began < 30.0
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}")
+    for _ in range(1000):  # the compiler that the compiler had started ends as well
+        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("it still runs")
     assert cpp_builder.run_compile_cmd is run
     assert VecISA.check_build is check
 
 
-def test_fewer_dry_runs_find_the_same_instructions() -> None:
-    valid_vec_isa_list.cache_clear()
+def test_only_what_old_compilers_may_not_know_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's instructions beside AMX are taken for known; AMX and its half precision are asked for."""
+    asked: list[str] = []
+
+    def answer(self: VecISA, code: str) -> bool:
+        asked.append(code)
+        return False
+
+    monkeypatch.setattr(VecISA, "check_build", answer)
+    codes = [VecAMX._amx_code, VecAMX._amx_fp16_code, VecAVX512._avx512_bf16_code, VecAVX512VNNI._avx512_vnni_code]
     with compiler.hurried():
-        hurried = [str(isa) for isa in valid_vec_isa_list()]
-    valid_vec_isa_list.cache_clear()
-    assert hurried == [str(isa) for isa in valid_vec_isa_list()]
+        assert [VecAMX().check_build(code) for code in codes] == [False, False, True, True]
+    assert asked == codes[:2]
+
+
+def test_this_compiler_knows_what_is_not_tried() -> None:
+    """By dry runs of the instructions that this processor has."""
+    if torch.cpu._is_avx512_bf16_supported():
+        assert VecAVX512VNNI().check_build(VecAVX512._avx512_bf16_code)
+    if torch.cpu._is_vnni_supported():
+        assert VecAVX512VNNI().check_build(VecAVX512VNNI._avx512_vnni_code)

@@ -222,8 +222,11 @@ def test_every_theta_moves_and_the_target_follows(value_network: bool) -> None:
 def test_termination_ends_a_target_and_truncation_does_not(name: str, expected: float) -> None:
     config = small(name)
     state, nets = begun(config)
-    rows = np.flatnonzero(state.replay.ahead * state.replay.ended)
-    batch = state.replay.batch(rows, config.gamma)
+    memory = state.replay
+    rows = np.flatnonzero(memory.ahead)
+    after = rows + memory.ahead[rows]  # where an episode ended nothing begins, nor does an environment stand there
+    rows = rows[(memory.ahead[after] == 0) & ~np.isin(after, memory.open)]
+    batch = memory.batch(rows, config.gamma)
     assert len(rows) > 3
     assert (batch.discount == torch.tensor(expected)).all()
     noise = normal(2, len(rows), 2)

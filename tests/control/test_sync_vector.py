@@ -50,17 +50,35 @@ def test_it_is_gymnasiums(environment: str, mode: AutoresetMode) -> None:
     assert all(np.array_equal(a, b) for x, y in zip(given, kept, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_an_observation_of_another_shape_is_refused() -> None:
-    class Wrong(gym.Env):
-        observation_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+class Wrong(gym.Env):
+    """Its steps give what its space does not say."""
 
-        def reset(self, **_: Any) -> Any:
-            return np.zeros(3, np.float32), {}
+    observation_space, action_space = spaces.Box(0, 255, (3,), np.uint8), spaces.Discrete(2)
 
-        def step(self, action: Any) -> Any:
-            return np.zeros(1, np.float32), 0.0, False, False, {}
+    def __init__(self, given: np.ndarray) -> None:
+        self.given = given
 
-    envs = SyncVector([Wrong] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    def reset(self, **_: Any) -> Any:
+        return np.zeros(3, np.uint8), {}
+
+    def step(self, action: Any) -> Any:
+        return self.given, 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("given", "actions", "error", "said"),
+    [
+        (np.zeros(1, np.uint8), 2, ValueError, r"shape \(1,\), its space says \(3,\)"),
+        (np.full(3, 1.5), 2, TypeError, "float64.*uint8"),
+        (np.full(3, -1), 2, TypeError, "int64.*uint8"),
+        (np.zeros(3, np.uint8), 3, ValueError, "longer"),
+        (np.zeros(3, np.uint8), 1, ValueError, "shorter"),
+    ],
+)
+def test_what_the_spaces_do_not_say_is_refused(
+    given: np.ndarray, actions: int, error: type[Exception], said: str
+) -> None:
+    envs = SyncVector([lambda: Wrong(given)] * 2, autoreset_mode=AutoresetMode.DISABLED)
     envs.reset()
-    with pytest.raises(ValueError, match=r"shape \(1,\), its space says \(3,\)"):
-        envs.step(np.zeros(2, int))
+    with pytest.raises(error, match=said):
+        envs.step(np.zeros(actions, int))

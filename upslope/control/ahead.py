@@ -71,19 +71,19 @@ def compiled(
 
     def program(*inputs: Any) -> Any:
         new = not made or not all(map(operator.is_, firm, inputs))
-        if new:
-            firm[:] = inputs[:steady]
-            known.clear()
-            _flatten(firm, known)
-        leaves = known.copy()
+        leaves: list[Tensor] = [] if new else known.copy()
+        _flatten(inputs[:steady] if new else (), leaves)
+        theirs = len(leaves)
         _flatten(inputs[steady:], leaves)
         if not made:
             made.append((_load_or_make(function, inputs, leaves, loops, kept), [_kind(leaf) for leaf in leaves]))
         (run, takes, gives, held), kinds = made[0]
-        first = 0 if new else len(known)
+        first = 0 if new else theirs
         if [_kind(leaf) for leaf in leaves[first:]] != kinds[first:]:
             called = [_kind(leaf) for leaf in leaves]
             raise ValueError(f"a program was made for tensors {kinds} (shape, strides, type), called with {called}")
+        if new:  # only now that they fit
+            firm[:], known[:] = inputs[:steady], leaves[:theirs]
         leaves += held
         outs = run([leaves[place] for place in takes])
         return outs[gives] if isinstance(gives, int) else _built(gives, outs, leaves)

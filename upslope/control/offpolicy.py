@@ -96,7 +96,7 @@ def start(
         named = {name.split(".")[1] for name in saved if name.startswith("optimizers.")}
         optimizer = {name: optimizers.unpack(_beneath(f"optimizers.{name}.", saved)) for name in sorted(named)}
         others, counts = _beneath("others.", saved), (int(saved[name]) for name in ("iteration", "step", "updates"))
-        return State(net.bind(saved["theta"]), others, optimizer, world, memory, *counts), net
+        return State(net.bind(saved["theta"]), _sorted(others), optimizer, world, memory, *counts), net
     memory.begin(world.observation)
     initial = net.initial()
     if theta is not None:
@@ -104,7 +104,7 @@ def start(
         initial.copy_(theta)
     theta = net.bind(initial)
     others, optimizer = begin(theta)
-    return State(theta, others, optimizer, world, memory, 0, 0, 0), net
+    return State(theta, _sorted(others), _sorted(optimizer), world, memory, 0, 0, 0), net
 
 
 def collect(choose: Choose, state: State, config: Config, length: int) -> rollout.World:
@@ -263,6 +263,11 @@ def pack(state: State) -> dict[str, Tensor]:
     others = {f"others.{name}": value for name, value in state.others.items()}
     world = distributed.collected("world", rollout.pack(state.world))
     return {"theta": state.theta, **others, **memories, **world, **state.replay.pack(), **counts}
+
+
+def _sorted(named: dict[str, Any]) -> dict[str, Any]:
+    """By name: a resumed run has the order of a new one, and so the same compiled programs."""
+    return dict(sorted(named.items()))
 
 
 def _beneath(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -112,12 +112,12 @@ def _moved(
     numbers = torch.tensor([progress, *(kept.step for kept in state.optimizer.values())], dtype=torch.float64)
     observed = state.world.normalizer.observation
     flat, names, part = program(state.theta, state.others, state.replay.rows, observed, averages, numbers, drawn, noise)
-    plain = flat.tolist()
-    values = dict(zip(names, plain[len(averages) :], strict=True))
+    after = flat.tolist()
+    values = dict(zip(names, after[len(averages) :], strict=True))
     for name, value in values.items():
         if name.endswith("grad_norm") and not math.isfinite(value):
             raise ValueError(f"the gradient is not finite, {name} is {value} at step {state.step} of the run")
-    moved = {name: optimizers.State(int(step), averages[name]) for name, step in zip(averages, plain, strict=False)}
+    moved = {name: optimizers.State(int(step), averages[name]) for name, step in zip(averages, after, strict=False)}
     return state._replace(optimizer=moved), part, values
 
 
