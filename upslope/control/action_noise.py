@@ -1,6 +1,5 @@
 """Noise on the actions of a deterministic policy: Gaussian, or Ornstein-Uhlenbeck, which wanders."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import offpolicy
+from upslope.control import environments, offpolicy
 from upslope.control.networks import Observation
 from upslope.control.offpolicy import State
 from upslope.control.parameters import Net
 from upslope.core import distributions, exploration
 from upslope.runs import settings
+from upslope.runs.randomness import Blocks, generator
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,34 @@ def act(net: Net, theta: Float[Tensor, " d"], observation: Observation, noise: T
     return distributions.rescale((policy.unit + noise).clamp(-1, 1), policy.low, policy.high)
 
 
-def behaviour(state: State, net: Net, config: Any, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
-    """π's action with this iteration's noise, within its range; before `learning_starts` uniform ones.
+def behaviour(net: Net, envs: environments.Environments, config: Any) -> offpolicy.Behaviour:
+    """π's action with noise, the step's own, within its range; before `learning_starts` uniform ones.
 
     Ornstein-Uhlenbeck's state is one of the run's tensors, changed in place; it begins at 0 where an episode does, as
     far as that can be seen between iterations.
     """
-    acts = acts or functools.partial(act, net)
-    random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
-    head, wandering = net.module.policy.head, state.others.get("noise")  # type: ignore[union-attr]
-    normal = torch.randn(config.train_interval, n, head.size, generator=random)  # type: ignore[arg-type]
-    if wandering is not None:
-        wandering[torch.from_numpy(state.world.episode_length == 0)] = 0.0
+    n, head = envs.num_envs, net.module.policy.head  # type: ignore[union-attr]
 
-    def choose(observation: Observation, t: int) -> Tensor:
-        noise = config.noise.std * normal[t]
-        if wandering is not None:
-            kept, step = wandering, config.noise
-            noise = kept.copy_(exploration.ornstein_uhlenbeck(kept, normal[t], step.pull, step.std, step.dt))
+    def draw(random: torch.Generator, count: int) -> list[Tensor]:
+        return list(torch.randn(count, n, head.size, generator=random))  # type: ignore[arg-type]
+
+    steps = Blocks(draw, config.run.seed, "behaviour")
+
+    def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:
+        place, wandering, step = state.iteration * config.train_interval + t, state.others.get("noise"), config.noise
+        normal = steps.at(place)
+        if wandering is None:
+            noise = step.std * normal
+        else:
+            if t == 0:
+                wandering[torch.from_numpy(state.world.episode_length == 0)] = 0.0
+            noise = exploration.ornstein_uhlenbeck(wandering, normal, step.pull, step.std, step.dt)
+            wandering.copy_(noise)
         if state.step + t * n < config.learning_starts:
-            return offpolicy.random_actions(state.world.envs.action_space, n, random)
-        return acts(state.theta, observation, noise)
+            return offpolicy.random_actions(envs.action_space, n, generator(config.run.seed, "uniform", place))
+        return observation, noise
 
-    return choose
+    return given
 
 
 def start(config: Any, size: int) -> dict[str, Float[Tensor, "N k"]]:

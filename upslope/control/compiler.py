@@ -28,10 +28,10 @@ def hurried() -> Iterator[None]:
     Raises, when something is linked:
         torch._inductor.exc.CppCompileError: an object file could not be compiled.
     """
-    from torch._inductor import cpp_builder
+    from torch._inductor import cpp_builder, ir
     from torch._inductor.cpu_vec_isa import VecAMX, VecISA
 
-    run, check = cpp_builder.run_compile_cmd, VecISA.check_build
+    run, check, realize = cpp_builder.run_compile_cmd, VecISA.check_build, ir.ConcatKernel.realize_into
     started: list[Started] = []
 
     def begin_or_link(line: str, cwd: str) -> None:
@@ -46,15 +46,34 @@ def hurried() -> Iterator[None]:
     cpp_builder.run_compile_cmd = begin_or_link  # type: ignore[assignment]
     tried = (VecAMX._amx_code, VecAMX._amx_fp16_code)
     VecISA.check_build = lambda self, code: code not in tried or check(self, code)  # type: ignore[method-assign]
+    ir.ConcatKernel.realize_into = classmethod(lambda cls, src, dst: _within(src, dst) or realize(src, dst))  # type: ignore[method-assign]
     try:
         yield
     finally:
+        ir.ConcatKernel.realize_into = realize  # type: ignore[method-assign]
         cpp_builder.run_compile_cmd, VecISA.check_build = run, check  # type: ignore[method-assign]
         for left in started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(left.process.pid, signal.SIGTERM)  # the compiler itself is a child of the one that was called
             left.process.wait()
             left.output.close()
+
+
+def _within(part: Any, whole: Any) -> Any:
+    """A product that is a part of a vector, as a gradient is of θ's, computed where it is to lie; else None."""
+    from torch._inductor import ir
+
+    view = part.data if isinstance(part, ir.TensorBox) else part
+    product = view.data.data if isinstance(view, ir.ReinterpretView) and isinstance(view.data, ir.StorageBox) else None
+    if not isinstance(product, ir.ExternKernelOut) or not ir.is_storage_and_layout(whole):
+        return None
+    own, storage, there = product.layout, *ir.as_storage_and_layout(whole)
+    fits = isinstance(own, ir.FixedLayout | ir.FlexibleLayout) and own.is_contiguous() and own.dtype == there.dtype
+    if not fits or len(there.size) != 1 or there.stride != [1] or not view.layout.is_contiguous() or view.layout.offset:
+        return None
+    place = ir.FixedLayout(own.device, own.dtype, own.size, own.stride, there.offset)
+    product.layout = ir.NonOwningLayout(ir.ReinterpretView(data=storage, layout=place))
+    return product
 
 
 def _start(command: list[str]) -> Started:

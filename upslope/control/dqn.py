@@ -10,10 +10,10 @@ Approximate Q-learning (S3 6.2) is the plain setting: `replay_capacity` 0 learns
 `target_interval` 0 has no target network. Double, dueling, prioritised, noisy and n-step are each a switch.
 """
 
-import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -35,6 +35,7 @@ from upslope.control.parameters import Net
 from upslope.core import exploration, values
 from upslope.runs import run as runs
 from upslope.runs import settings
+from upslope.runs.randomness import Blocks
 from upslope.runs.run import Run
 
 
@@ -147,25 +148,28 @@ def act(
     return q.argmax(-1) if weights is not None else exploration.epsilon_greedy(q, epsilon, uniform, any_action)
 
 
-def behaviour(state: State, net: Net, config: DQN, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
-    """ε-greedy with this iteration's noise, or greedy for a network with noise in its weights."""
-    acts = acts or functools.partial(act, net)
-    random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
-    shape = (config.train_interval, n)
-    actions = int(state.world.envs.action_space.n)  # type: ignore[attr-defined]
-    uniform = torch.rand(shape, generator=random).unbind()
-    any_action = torch.randint(actions, shape, generator=random).unbind()
-    weights = noises(net, config.train_interval, random)
+def behaviour(net: Net, envs: environments.Environments, config: DQN) -> offpolicy.Behaviour:
+    """ε-greedy, or greedy for a network with noise in its weights; the noise is the step's own."""
+    n, actions = envs.num_envs, int(envs.action_space.n)  # type: ignore[attr-defined]
     annealed = max(1, round(config.epsilon_fraction * config.total_steps))
 
-    def choose(observation: Observation, t: int) -> Tensor:
+    def draw(random: torch.Generator, count: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        uniform, any_action = (
+            torch.rand(count, n, generator=random), torch.randint(actions, (count, n), generator=random)
+        )  # fmt: skip
+        return list(zip(uniform.unbind(), any_action.unbind(), noises(net, random, count), strict=True))
+
+    steps = Blocks(draw, config.run.seed, "behaviour")
+
+    def given(state: State, observation: Observation, t: int) -> tuple[Any, ...]:
+        uniform, any_action, weights = steps.at(state.iteration * config.train_interval + t)
         epsilon = exploration.linear_schedule(state.step + t * n, config.epsilon_start, config.epsilon_end, annealed)
-        return acts(state.theta, observation, weights[t], torch.as_tensor(epsilon), uniform[t], any_action[t])
+        return observation, weights, torch.from_numpy(np.array(epsilon)), uniform, any_action
 
-    return choose
+    return given
 
 
-def noises(net: Net, count: int, random: torch.Generator) -> list[Tensor | None]:
+def noises(net: Net, random: torch.Generator, count: int) -> list[Tensor | None]:
     """Noise for that many noisy networks; None for networks without noise."""
     size = net.module.noise_size
     return list(torch.randn(count, size, generator=random)) if size else [None] * count  # type: ignore[call-overload]
@@ -186,29 +190,29 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         state, net = offpolicy.start(config, session, begin, theta, config.priority_exponent > 0)
         for frozen in state.others.values():
             net.freeze(frozen)
-        step = offpolicy_program.of(learn, net, config, session)
-        acts = offpolicy_program.acting(act, net, session)
+        acts = behaviour(net, state.world.envs, config)
+        step, choose = offpolicy_program.of(learn, act, acts, net, config, session)
+        three = lambda random, count: [noises(net, random, 3) for _ in range(count)]  # noqa: E731
+        chance = offpolicy.chances(config, three, config.priority_exponent > 0)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, net, config, acts), state, config, config.train_interval)
+            state = offpolicy.collect(choose, state, config, config.train_interval)
 
-            count = offpolicy.gradient_steps(state, world, config)
-            random, part = offpolicy.noise(state, config, "replay"), None
+            count, part, beta = offpolicy.gradient_steps(state, config), None, None
             numbers: dict[str, float] = {}
-            beta = None
             if config.priority_exponent:
                 beta = float(exploration.linear_schedule(state.step, config.priority_beta, 1.0, config.total_steps))
-            for _ in range(count):
-                drawn = offpolicy.draw(state, config, random, config.n_step, beta)
-                noise = noises(net, 3, random)
+            for k in range(count):
+                where, noise = chance.at(state.updates + k)
+                drawn = offpolicy.draw(state, config, where, config.n_step, beta)
                 state, part, numbers = step(state, net, drawn, noise, config)  # 2. to 4., see `learn`
                 if config.priority_exponent:
                     row, error = drawn.row.numpy(), part.td_error.numpy()
                     state.replay.prioritise(row, error, config.priority_exponent, config.priority_epsilon)
 
-            if config.target_interval and offpolicy.passed(config.target_interval, state.step, world.steps):
+            if config.target_interval and offpolicy.passed(config.target_interval, state.step, state.world.steps):
                 target = state.others["target"]
                 target.copy_(values.polyak(target, state.theta, config.target_tau))
-            state = offpolicy.advance(state, world, count)
+            state = offpolicy.advance(state, count)
             offpolicy.report(session, state, net, config, part, numbers)
         return offpolicy.finish(session, state, net, config)

@@ -1,6 +1,6 @@
 """What the off-policy algorithms share around their four steps: how a run starts, goes on, and ends; the replay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,14 +9,14 @@ from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor
 
-from upslope.control import learner, normalization, optimizers, replay, rollout
+from upslope.control import environments, learner, normalization, optimizers, replay, rollout
 from upslope.control.agent import Agent
 from upslope.control.networks import Observation, to_tensors
 from upslope.control.parameters import Net
 from upslope.control.replay import Replay
 from upslope.core import values
 from upslope.runs import distributed
-from upslope.runs.randomness import derive, generator
+from upslope.runs.randomness import Blocks, derive
 from upslope.runs.run import Run
 
 
@@ -31,6 +31,7 @@ class State(NamedTuple):
     iteration: int
     step: int  # environment steps so far
     updates: int  # gradient steps so far
+    action: Tensor | None = None  # in answer to the world's observation, where the last gradient step gave it too
 
 
 class Config(learner.Config, Protocol):
@@ -52,7 +53,10 @@ class Config(learner.Config, Protocol):
 
 Start = Callable[[Float[Tensor, " d"]], tuple[dict[str, Tensor], dict[str, optimizers.State]]]
 Act = Callable[..., Tensor]  # (θ, observation, noise, …) -> actions
-Choose = Callable[[Observation, int], Tensor]  # (observation as the network sees it, step of the iteration) -> action
+Behaviour = Callable[[State, Observation, int], Tensor | tuple[Any, ...]]
+"""(state, observation as the network sees it, step of the iteration) -> what `Act` takes after θ, or the actions."""
+Choose = Callable[[State, Observation, int], Tensor]
+"""As `Behaviour`, the actions."""
 
 
 def start(
@@ -95,8 +99,10 @@ def start(
         memory.unpack(saved, session.restored.segments)
         named = {name.split(".")[1] for name in saved if name.startswith("optimizers.")}
         optimizer = {name: optimizers.unpack(_beneath(f"optimizers.{name}.", saved)) for name in sorted(named)}
-        others, counts = _beneath("others.", saved), (int(saved[name]) for name in ("iteration", "step", "updates"))
-        return State(net.bind(saved["theta"]), _sorted(others), optimizer, world, memory, *counts), net
+        others, theta = _beneath("others.", saved), net.bind(saved["theta"])
+        iteration, step, updates = (int(saved[name]) for name in ("iteration", "step", "updates"))
+        action = None if world.envs.kind == "pool" else saved.get("action")  # whose episodes begin anew
+        return State(theta, _sorted(others), optimizer, world, memory, iteration, step, updates, action), net
     memory.begin(world.observation)
     initial = net.initial()
     if theta is not None:
@@ -107,14 +113,26 @@ def start(
     return State(theta, _sorted(others), _sorted(optimizer), world, memory, 0, 0, 0), net
 
 
-def collect(choose: Choose, state: State, config: Config, length: int) -> rollout.World:
-    """Some steps of every environment into the replay, observation statistics frozen; the world after them."""
+def choosing(act: Act, behaviour: Behaviour) -> Choose:
+    """What `act`, a function of θ and what the behaviour gives it, chooses."""
+
+    def choose(state: State, observation: Observation, t: int) -> Tensor:
+        given = behaviour(state, observation, t)
+        return given if isinstance(given, Tensor) else act(state.theta, *given)
+
+    return choose
+
+
+def collect(choose: Choose, state: State, config: Config, length: int) -> State:
+    """Some steps of every environment into the replay, observation statistics frozen; the state, its world after."""
     world, normalize = state.world, config.normalize
     returns, lengths = world.episode_return.copy(), world.episode_length.copy()
     raw, finished, taken, seen = world.observation, [], world.steps, []
     for t in range(length):
-        observation = to_tensors(raw)
-        action = choose(normalization.observation(world.normalizer, observation, normalize), t).detach().numpy()
+        if t > 0 or state.action is None:
+            action = choose(state, sight(world, raw, config), t).detach().numpy()
+        else:
+            action = state.action.numpy()
         step = world.envs.step(action)
         returns += step.reward
         lengths += 1 if step.valid is None else step.valid
@@ -127,7 +145,7 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> rollou
             step = step._replace(reward=np.sign(step.reward))
         state.replay.append(action, step)
         if normalize.observation:
-            seen.append((observation, step.valid))
+            seen.append((to_tensors(raw), step.valid))
         raw = step.observation
     statistics = world.normalizer
     for observation, valid in seen:
@@ -135,9 +153,15 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> rollou
             statistics, _one_step(observation), None if valid is None else torch.from_numpy(valid).unsqueeze(1)
         )
     recent = np.concatenate([world.recent, finished])[-rollout.RECENT :] if finished else world.recent
-    return rollout.World(
+    after = rollout.World(
         world.envs, raw, returns, lengths, recent, world.episodes + len(finished), taken, statistics
     )  # fmt: skip
+    return state._replace(world=after, action=None)
+
+
+def sight(world: rollout.World, raw: environments.Observation, config: Config) -> Observation:
+    """An observation as the network sees it."""
+    return normalization.observation(world.normalizer, to_tensors(raw), config.normalize)
 
 
 def random_actions(space: spaces.Space, num_envs: int, generator: torch.Generator) -> Tensor:
@@ -148,15 +172,38 @@ def random_actions(space: spaces.Space, num_envs: int, generator: torch.Generato
     return low + (high - low) * torch.rand(num_envs, len(low), generator=generator)
 
 
-def draw(state: State, config: Config, random: torch.Generator, n: int = 1, beta: float | None = None) -> replay.Drawn:
+def chances(
+    config: Config, noise: Callable[[torch.Generator, int], Sequence[Any]] | None = None, prioritised: bool = False
+) -> Blocks[tuple[np.ndarray, Any]]:
+    """Of each gradient step: where in the replay its batch is drawn from, as far as chance says it, and its noise.
+
+    Args:
+        config: the algorithm's settings.
+        noise: (generator, count) -> the noise of that many gradient steps; None: they have none.
+        prioritised: the replay keeps priorities.
+    """
+    size = config.batch_size
+    spare = size // 4 + 8  # for rows from which no transition begins
+
+    def draw(random: torch.Generator, count: int) -> list[tuple[np.ndarray, Any]]:
+        if prioritised:
+            places = torch.rand(count, size, generator=random, dtype=torch.float64)
+        else:
+            places = torch.randint(2**62, (count, size + spare), generator=random)
+        return list(zip(places.numpy(), [None] * count if noise is None else noise(random, count), strict=True))
+
+    return Blocks(draw, config.run.seed, "replay")
+
+
+def draw(state: State, config: Config, places: np.ndarray, n: int = 1, beta: float | None = None) -> replay.Drawn:
     """B transitions of n steps: uniform, or with β prioritised; without a replay those just collected."""
     weight = None
     if not config.replay_capacity:
         row = state.replay.recent(state.replay.transitions - state.step)
     elif beta is None:
-        row = state.replay.uniform(config.batch_size, random)
+        row = state.replay.uniform(config.batch_size, places)
     else:
-        row, weights = state.replay.prioritised(config.batch_size, random, beta)
+        row, weights = state.replay.prioritised(places, beta)
         weight = torch.from_numpy(weights)
     return replay.Drawn(torch.from_numpy(row), weight, config.gamma, n)
 
@@ -177,15 +224,10 @@ def seen(batch: replay.Batch, normalizer: normalization.Normalizer, config: Conf
     return batch._replace(observation=here, next_observation=there)
 
 
-def noise(state: State, config: Config, stream: str) -> torch.Generator:
-    """The generator of one stream of this iteration."""
-    return generator(config.run.seed, stream, state.iteration)
-
-
-def gradient_steps(state: State, world: rollout.World, config: Config) -> int:
+def gradient_steps(state: State, config: Config) -> int:
     """Of this iteration: the setting, or as many as there were environment steps; none before `learning_starts`."""
-    fresh = world.steps - state.step  # none where every row was a reset row
-    if world.steps <= config.learning_starts or not (fresh or config.replay_capacity):
+    fresh = state.world.steps - state.step  # none where every row was a reset row
+    if state.world.steps <= config.learning_starts or not (fresh or config.replay_capacity):
         return 0
     return fresh if config.gradient_steps is None else config.gradient_steps
 
@@ -221,11 +263,11 @@ def passed(interval: int, before: int, now: int) -> bool:
     return now // interval > before // interval
 
 
-def advance(state: State, world: rollout.World, updates: int, **changed: Any) -> State:
+def advance(state: State, updates: int) -> State:
     """The state after an iteration."""
     return state._replace(
-        world=world, iteration=state.iteration + 1, step=world.steps, updates=state.updates + updates, **changed
-    )
+        iteration=state.iteration + 1, step=state.world.steps, updates=state.updates + updates
+    )  # fmt: skip
 
 
 def report(session: Run, state: State, net: Net, config: Config, part: Any, numbers: dict[str, float]) -> None:
@@ -262,7 +304,8 @@ def pack(state: State) -> dict[str, Tensor]:
     counts = {name: torch.tensor(getattr(state, name)) for name in ("iteration", "step", "updates")}
     others = {f"others.{name}": value for name, value in state.others.items()}
     world = distributed.collected("world", rollout.pack(state.world))
-    return {"theta": state.theta, **others, **memories, **world, **state.replay.pack(), **counts}
+    chosen = {} if state.action is None else {"action": state.action}
+    return {"theta": state.theta, **others, **memories, **world, **state.replay.pack(), **counts, **chosen}
 
 
 def _sorted(named: dict[str, Any]) -> dict[str, Any]:

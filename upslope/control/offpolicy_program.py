@@ -2,6 +2,9 @@
 
 What is compiled is a function `learn`, which also runs as it stands. Whatever changes from one gradient step to the
 next goes in as a tensor: all θs, the optimisers' memories, the batch, noise, and how far the run is.
+
+Where an iteration is one step of the environments and one gradient step, the program also chooses the next actions:
+what it changed is then still near, and a small network's answer takes a third of the time of a program of its own.
 """
 
 import functools
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from upslope.control import ahead, compilation, offpolicy, optimizers, replay
 from upslope.control.normalization import Normalizer
-from upslope.control.offpolicy import Act, Config, State
+from upslope.control.offpolicy import Act, Behaviour, Choose, Config, State
 from upslope.control.parameters import Net
 from upslope.control.replay import Drawn, Rows
 from upslope.runs.run import Run
@@ -27,15 +30,19 @@ Step = Callable[..., tuple[State, Any, dict[str, float]]]
 SAVES = 7e-4  # seconds a gradient step: measured, DQN on CartPole on one core
 
 
-def of(learn: Learn, nets: Any, config: Config, session: Run) -> Step:
-    """What takes one gradient step after the other: the batch and `learn`, compiled where that is asked for or pays.
+def of(
+    learn: Learn, act: Act, behaviour: Behaviour, nets: Any, config: Config, session: Run
+) -> tuple[Step, Choose]:  # fmt: skip
+    """What takes one gradient step after the other and what chooses actions, compiled where that is asked for or pays.
 
     θs and memories are updated in place either way. A compiled `learn` sees a state without a world and a replay, and
     nets with nothing bound to them; each value of its last arguments has a program of its own.
 
     Args:
         learn: one gradient step.
-        nets: a `Net`, or a NamedTuple with some, and perhaps with `judge`, the θ of others["critic"].
+        act: (the net that acts, θ, what the behaviour gives) -> actions.
+        behaviour: how the run acts.
+        nets: a `Net`, or a NamedTuple with some: an `actor`, and perhaps a `judge`, the θ of others["critic"].
         config: the algorithm's settings.
         session: the run.
     """
@@ -43,7 +50,13 @@ def of(learn: Learn, nets: Any, config: Config, session: Run) -> Step:
     interval = config.train_interval * config.environment.num_envs
     each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
     saves = (config.total_steps - step) * each * SAVES
-    return compiled(learn, nets, config) if compilation.decide(session, config, saves, None) else plain(learn)
+    eager = torch.no_grad()(functools.partial(act, _actor(nets)))
+    if not compilation.decide(session, config, saves, None):
+        return plain(learn), offpolicy.choosing(eager, behaviour)
+    if interval == config.environment.num_envs and each * interval == 1:
+        # before the first gradient step the network acts as it stands
+        return compiled(learn, nets, config, act, behaviour), offpolicy.choosing(eager, behaviour)
+    return compiled(learn, nets, config), offpolicy.choosing(acting(act, nets), behaviour)
 
 
 def plain(learn: Learn) -> Step:
@@ -55,20 +68,25 @@ def plain(learn: Learn) -> Step:
     return step
 
 
-def compiled(learn: Learn, nets: Any, config: Config) -> Step:
+def compiled(
+    learn: Learn, nets: Any, config: Config, act: Act | None = None, behaviour: Behaviour | None = None
+) -> Step:
     """One gradient step as a program, which gathers its batch from the replay's memory.
+
+    With `act` and `behaviour` it also gives the actions that the next iteration begins with, `state.action`.
 
     Raises, when called:
         ValueError: a gradient that is not finite; θs are then not to be used any more.
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
     bare, settings = _pure(nets), compilation.inside(config)
+    numbers = torch.zeros(0, dtype=torch.float64)  # one memory for all calls: how far the run is, optimisers' steps
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
-            theta: Tensor, others: dict[str, Tensor], rows: Rows, observed: dict[str, Any], averages: dict[str, Any],
-            numbers: Tensor, drawn: Drawn, noise: Any,
-        ) -> tuple[Tensor, tuple[str, ...], Any]:  # fmt: skip
+            theta: Tensor, others: dict[str, Tensor], rows: Rows, observed: dict[str, Any], numbers: Tensor,
+            averages: dict[str, Any], drawn: Drawn, noise: Any, given: tuple[Any, ...] | None,
+        ) -> tuple[Tensor, tuple[str, ...], Any, Tensor | None]:  # fmt: skip
             nothing: Any = None
             progress: Any
             progress, *steps = numbers.unbind()
@@ -76,27 +94,29 @@ def compiled(learn: Learn, nets: Any, config: Config) -> Step:
             inside = State(theta, others, memories, nothing, nothing, 0, progress, 0)  # a run of one step
             batch = offpolicy.seen(replay.gather(rows, drawn), Normalizer(observed, nothing, nothing), settings)
             after, part, values = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
-            given = [*(after.optimizer[name].step for name in averages), *values.values()]
-            flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in given])
-            return flat, tuple(values), part
+            told = [*(after.optimizer[name].step for name in averages), *values.values()]
+            flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in told])
+            action = None if act is None or given is None else act(_actor(bare), after.theta, *given)
+            return flat, tuple(values), part, action
 
-        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config), steady=4)
+        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config), steady=5)
 
     def run(
         state: State, nets: Any, drawn: Drawn, noise: Any, config: Config, *fixed: Any
     ) -> tuple[State, Any, dict[str, float]]:
         if fixed not in programs:
             programs[fixed] = program(fixed)
-        return _moved(programs[fixed], state, state.step / config.total_steps, drawn, noise)
+        numbers.resize_(1 + len(state.optimizer))
+        numbers.numpy()[:] = state.step / config.total_steps, *(kept.step for kept in state.optimizer.values())
+        given = None if behaviour is None else _given(behaviour, state, config)
+        return _moved(programs[fixed], state, numbers, drawn, noise, given)
 
     return run
 
 
-def acting(act: Act, net: Net, session: Run) -> Act:
-    """(θ, …) -> actions, of act(net, θ, …); compiled where gradient steps are."""
-    if not session.compiled:
-        return torch.no_grad()(functools.partial(act, net))
-    pure = net.pure()
+def acting(act: Act, nets: Any) -> Act:
+    """(θ, …) -> actions, of act(net, θ, …), compiled."""
+    pure = _actor(nets).pure()
 
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
@@ -104,21 +124,34 @@ def acting(act: Act, net: Net, session: Run) -> Act:
     return ahead.compiled(choice, loops=False, steady=1)
 
 
+def _given(behaviour: Behaviour, state: State, config: Config) -> tuple[Any, ...] | None:
+    """What the next iteration's first choice of actions takes besides θ."""
+    coming = offpolicy.advance(state, 1)
+    given = behaviour(coming, offpolicy.sight(coming.world, coming.world.observation, config), 0)
+    return None if isinstance(given, Tensor) else given
+
+
 def _moved(
-    program: Callable[..., Any], state: State, progress: float, drawn: Drawn, noise: Any
+    program: Callable[..., Any], state: State, numbers: Tensor, drawn: Drawn, noise: Any, given: tuple[Any, ...] | None
 ) -> tuple[State, Any, dict[str, float]]:
     """Run a program; θs and memories are updated in place."""
     averages = {name: kept.memory for name, kept in state.optimizer.items()}
-    numbers = torch.tensor([progress, *(kept.step for kept in state.optimizer.values())], dtype=torch.float64)
     observed = state.world.normalizer.observation
-    flat, names, part = program(state.theta, state.others, state.replay.rows, observed, averages, numbers, drawn, noise)
+    flat, names, part, action = program(
+        state.theta, state.others, state.replay.rows, observed, numbers, averages, drawn, noise, given
+    )  # fmt: skip
     after = flat.tolist()
     values = dict(zip(names, after[len(averages) :], strict=True))
     for name, value in values.items():
         if name.endswith("grad_norm") and not math.isfinite(value):
             raise ValueError(f"the gradient is not finite, {name} is {value} at step {state.step} of the run")
     moved = {name: optimizers.State(int(step), averages[name]) for name, step in zip(averages, after, strict=False)}
-    return state._replace(optimizer=moved), part, values
+    return state._replace(optimizer=moved, action=action), part, values
+
+
+def _actor(nets: Any) -> Any:
+    """The net that acts."""
+    return nets.actor if hasattr(nets, "actor") else nets
 
 
 def _pure(nets: Any) -> Any:

@@ -124,7 +124,10 @@ def clip_norm(gradient: Float[Tensor, " d"], max_norm: float | None) -> Float[Te
     """
     norm = torch.linalg.vector_norm(gradient)
     if max_norm is not None:
-        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if torch.compiler.is_compiling():  # stacked it is computed once, else a program divides for every 16 numbers
+            scale, _ = torch.stack([scale, norm]).unbind()
+        gradient.mul_(scale)
     return norm
 
 

@@ -12,6 +12,7 @@ replaced in its graph. Small ones cost their call.
 """
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Replacements(CustomGraphPass):
             kind = node.meta["val"]  # bfloat16 would be rounded twice
             if not node.kwargs and kind.dtype == torch.float32 and kind.device.type == "cpu":
                 _after(graph, node, *node.args)
+        for node in [*graph.find_nodes(op="call_function", target=aten.copy_.default)]:
+            _early(graph, node)
 
     def _multiply(self, graph: fx.Graph) -> None:
         """Large products by oneDNN."""
@@ -75,6 +78,32 @@ def _after(graph: fx.Graph, node: fx.Node, bias: Any, a: Any, b: Any) -> None:
     aten = torch.ops.aten
     with graph.inserting_before(node):
         _put(graph, node, _call(graph, aten.add.Tensor, _call(graph, aten.mm.default, a, b), bias))
+
+
+def _early(graph: fx.Graph, copy: fx.Node) -> None:
+    """What is written into an argument is written where it was computed, and read from there by what comes later."""
+    argument, value = copy.args
+    if argument.op != "placeholder" or not isinstance(value, fx.Node) or value.op == "placeholder":
+        return
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    after = max(_readers(argument, copy) | {value}, key=place.__getitem__)
+    later = [user for user in value.users if place[user] > place[after] and user is not copy]
+    if later and all(user.op == "call_function" for user in later):
+        after.append(copy)
+        for user in later:
+            user.replace_input_with(value, copy)
+
+
+def _readers(node: fx.Node, copy: fx.Node) -> set[fx.Node]:
+    """What reads a node's memory, of views of it as well."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        if user is not copy:
+            view = user.target in (operator.getitem, torch.ops.aten.reshape.default) or getattr(
+                user.target, "is_view", False
+            )
+            found |= {user} | (_readers(user, copy) if view else set())
+    return found
 
 
 def _large(left: Tensor, right: Tensor) -> bool:

@@ -217,24 +217,35 @@ class Replay:
                 found &= age < min(self.written, self.capacity)
         return found
 
-    def uniform(self, size: int, generator: torch.Generator) -> Int64[np.ndarray, " B"]:
-        """Rows of transitions, each as likely as any other, with replacement. Rows without one are drawn again."""
+    def uniform(self, size: int, places: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " B"]:
+        """Rows of transitions, each as likely as any other, with replacement: the first that the places fall on.
+
+        Args:
+            size: B.
+            places: random, from 0 to 2^62, modulo the rows there are; rows without a transition are passed over.
+        """
         filled = min(self.written, self.capacity)
-        row = torch.randint(filled, (size,), generator=generator).numpy()
-        while len(empty := (~self.usable(row)).nonzero()[0]):
-            row[empty] = torch.randint(filled, (len(empty),), generator=generator).numpy()
-        return row
+        row = places % filled
+        row = row[self.usable(row)]
+        if len(row) < size:  # seldom, unless episodes are short: more places, which follow from these
+            more = torch.Generator().manual_seed(int(places[0]))
+            while len(row) < size:
+                places = torch.randint(filled, (size,), generator=more).numpy()
+                row = np.concatenate((row, places[self.usable(places)]))
+        return row[:size]
 
     def prioritised(
-        self, size: int, generator: torch.Generator, beta: float
+        self, places: Float[np.ndarray, " B"], beta: float
     ) -> tuple[Int64[np.ndarray, " B"], Float[np.ndarray, " B"]]:
         """Rows with probability P(i) = p_i^α / Σ p^α, one from each of B equal parts of the sum; importance weights.
+
+        The places, uniform in [0, 1), say where within its part each lies.
 
         w_i = (1 / (N P(i)))^β, divided by the largest of the batch so that they only scale steps down (Schaul et al.
         2016, 3.4).
         """
         assert self.tree is not None
-        share = (np.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64).numpy()) / size
+        share = (np.arange(len(places)) + places) / len(places)
         row = self.tree.find(share)
         rare = self.tree.leaves.take(row)
         return row, (rare.min() / rare) ** beta  # N and Σ p^α cancel

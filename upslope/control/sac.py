@@ -11,10 +11,9 @@ target is r + γ (min(Q̄1, Q̄2)(s', a') - α log π(a'|s')), a' ~ π, as Stabl
 one of the Qs and what happens where an episode terminates (then the target is r): they are put in here.
 """
 
-import functools
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -37,7 +36,7 @@ from upslope.control.parameters import Net
 from upslope.core import values
 from upslope.runs import run as runs
 from upslope.runs import settings
-from upslope.runs.randomness import derive
+from upslope.runs.randomness import Blocks, derive, generator
 from upslope.runs.run import Run
 
 
@@ -182,20 +181,22 @@ def act(net: Net, theta: Float[Tensor, " d"], observation: Observation, noise: T
     return net(theta, observation).sample(noise)
 
 
-def behaviour(state: State, net: Net, config: SAC, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
-    """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
-    acts = acts or functools.partial(act, net)
-    random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
-    head: actors.Head = net.module.policy.head  # type: ignore[assignment, union-attr]
-    blocks = 1 if head.state_dependent else config.train_interval  # gSDE keeps one matrix
-    noise = torch.randn(blocks, n, *head.noise_shape, generator=random)
+def behaviour(net: Net, envs: environments.Environments, config: SAC) -> offpolicy.Behaviour:
+    """π's own actions; before `learning_starts` uniform ones. The noise is the step's own, gSDE's the iteration's."""
+    n, head = envs.num_envs, net.module.policy.head  # type: ignore[union-attr]
 
-    def choose(observation: Observation, t: int) -> Tensor:
+    def draw(random: torch.Generator, count: int) -> list[Tensor]:
+        return list(torch.randn(count, n, *head.noise_shape, generator=random))  # type: ignore[union-attr]
+
+    steps = Blocks(draw, config.run.seed, "behaviour")
+
+    def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:
+        place = state.iteration * config.train_interval + t
         if state.step + t * n < config.learning_starts:
-            return offpolicy.random_actions(state.world.envs.action_space, n, random)
-        return acts(state.theta, observation, noise[t % blocks])
+            return offpolicy.random_actions(envs.action_space, n, generator(config.run.seed, "uniform", place))
+        return observation, steps.at(state.iteration if head.state_dependent else place)  # type: ignore[union-attr]
 
-    return choose
+    return given
 
 
 def begin(config: SAC, session: Run, theta: Float[Tensor, " d"] | None = None) -> tuple[State, Nets]:
@@ -239,21 +240,21 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
     """
     with session or Run("sac", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
-        step = offpolicy_program.of(learn, nets, config, session)
-        acts = offpolicy_program.acting(act, nets.actor, session)
-        shape = state.replay.action.shape[1:]
+        acts = behaviour(nets.actor, state.world.envs, config)
+        step, choose = offpolicy_program.of(learn, act, acts, nets, config, session)
+        shape = (2, config.batch_size, *state.replay.action.shape[1:])
+        chance = offpolicy.chances(config, lambda random, count: torch.randn(count, *shape, generator=random).unbind())
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, nets.actor, config, acts), state, config, config.train_interval)
+            state = offpolicy.collect(choose, state, config, config.train_interval)
 
-            count = offpolicy.gradient_steps(state, world, config)
-            random, part = offpolicy.noise(state, config, "replay"), None
+            count, part = offpolicy.gradient_steps(state, config), None
             numbers: dict[str, float] = {}
-            for _ in range(count):
-                drawn = offpolicy.draw(state, config, random)
-                noise = torch.randn(2, len(drawn.row), *shape, generator=random)
+            for k in range(count):
+                where, noise = chance.at(state.updates + k)
+                drawn = offpolicy.draw(state, config, where)
                 state, part, numbers = step(state, nets, drawn, noise, config)  # 2. to 4., see `learn`
 
-            state = offpolicy.advance(state, world, count)
+            state = offpolicy.advance(state, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)
         return offpolicy.finish(session, state, nets.actor, config)

@@ -9,9 +9,8 @@ maximised   - mean Huber(error)
 The maximum of Q-learning becomes a soft one, the value of reward and entropy together: as α tends to 0 this is DQN.
 """
 
-import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,6 +33,7 @@ from upslope.control.parameters import Net
 from upslope.core import distributions, values
 from upslope.runs import run as runs
 from upslope.runs import settings
+from upslope.runs.randomness import Blocks
 from upslope.runs.run import Run
 
 
@@ -126,22 +126,23 @@ def act(
     return distributions.Categorical(net(theta, observation) / alpha).sample(noise)
 
 
-def behaviour(state: State, net: Net, config: SoftQ, acts: offpolicy.Act | None = None) -> offpolicy.Choose:
-    """π's own actions with this iteration's noise; before `learning_starts` uniform ones."""
-    acts = acts or functools.partial(act, net)
-    random, n = offpolicy.noise(state, config, "behaviour"), state.world.envs.num_envs
-    space = state.world.envs.action_space
-    noise = distributions.gumbel((config.train_interval, n, int(space.n)), random)  # type: ignore[attr-defined]
+def behaviour(envs: environments.Environments, config: SoftQ) -> offpolicy.Behaviour:
+    """π's own actions; before `learning_starts` uniform ones. The noise is the step's own."""
+    n, actions = envs.num_envs, int(envs.action_space.n)  # type: ignore[attr-defined]
+    steps = Blocks(
+        lambda random, count: distributions.gumbel((count, n, actions), random).unbind(), config.run.seed, "behaviour"
+    )  # fmt: skip
 
-    def choose(observation: Observation, t: int) -> Tensor:
+    def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:
+        noise = steps.at(state.iteration * config.train_interval + t)
         if state.step + t * n < config.learning_starts:
-            if not state.world.envs.masked:
-                return offpolicy.random_actions(space, n, random)
-            even = masks.apply(torch.zeros_like(noise[t]), observation[masks.KEY])  # type: ignore[index]
-            return distributions.Categorical(even).sample(noise[t])
-        return acts(state.theta, observation, config.network.alpha, noise[t])
+            even = torch.zeros_like(noise)
+            if envs.masked:
+                even = masks.apply(even, observation[masks.KEY])  # type: ignore[index]
+            return distributions.Categorical(even).sample(noise)
+        return observation, config.network.alpha, noise
 
-    return choose
+    return given
 
 
 def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] | None = None) -> Agent:
@@ -156,21 +157,23 @@ def train(config: SoftQ, session: Run | None = None, theta: Float[Tensor, " d"] 
         begin = lambda theta: ({"target": theta.clone()}, {"theta": config.optimizer.start(theta)})  # noqa: E731
         state, net = offpolicy.start(config, session, begin, theta)
         net.freeze(state.others["target"])
-        step = offpolicy_program.of(learn, net, config, session)
-        acts = offpolicy_program.acting(act, net, session)
+        step, choose = offpolicy_program.of(
+            learn, act, behaviour(state.world.envs, config), net, config, session
+        )  # fmt: skip
+        chance = offpolicy.chances(config)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            world = offpolicy.collect(behaviour(state, net, config, acts), state, config, config.train_interval)
+            state = offpolicy.collect(choose, state, config, config.train_interval)
 
-            count = offpolicy.gradient_steps(state, world, config)
-            random, part = offpolicy.noise(state, config, "replay"), None
+            count, part = offpolicy.gradient_steps(state, config), None
             numbers: dict[str, float] = {}
-            for _ in range(count):
-                drawn = offpolicy.draw(state, config, random)
-                state, part, numbers = step(state, net, drawn, None, config)  # 2. to 4., see `learn`
+            for k in range(count):
+                where, noise = chance.at(state.updates + k)
+                drawn = offpolicy.draw(state, config, where)
+                state, part, numbers = step(state, net, drawn, noise, config)  # 2. to 4., see `learn`
 
-            if offpolicy.passed(config.target_interval, state.step, world.steps):
+            if offpolicy.passed(config.target_interval, state.step, state.world.steps):
                 offpolicy.follow(state.others["target"], state.theta, config.target_tau)
-            state = offpolicy.advance(state, world, count)
+            state = offpolicy.advance(state, count)
             offpolicy.report(session, state, net, config, part, numbers)
         return offpolicy.finish(session, state, net, config)

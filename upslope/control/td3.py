@@ -164,24 +164,23 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
     """
     with session or Run("td3", config, config.total_steps) as session:
         state, nets = begin(config, session, theta)
-        step = offpolicy_program.of(learn, nets, config, session)
-        acts = offpolicy_program.acting(action_noise.act, nets.actor, session)
-        shape = state.replay.action.shape[1:]
+        acts = action_noise.behaviour(nets.actor, state.world.envs, config)
+        step, choose = offpolicy_program.of(learn, action_noise.act, acts, nets, config, session)
+        shape = (config.batch_size, *state.replay.action.shape[1:])
+        chance = offpolicy.chances(config, lambda random, count: torch.randn(count, *shape, generator=random).unbind())
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
-            choose = action_noise.behaviour(state, nets.actor, config, acts)
-            world = offpolicy.collect(choose, state, config, config.train_interval)
+            state = offpolicy.collect(choose, state, config, config.train_interval)
 
-            count = offpolicy.gradient_steps(state, world, config)
-            random, part = offpolicy.noise(state, config, "replay"), None
+            count, part = offpolicy.gradient_steps(state, config), None
             numbers: dict[str, float] = {}
             for k in range(count):
-                drawn = offpolicy.draw(state, config, random, config.n_step)
-                noise = torch.randn(len(drawn.row), *shape, generator=random)
+                where, noise = chance.at(state.updates + k)
+                drawn = offpolicy.draw(state, config, where, config.n_step)
                 due = (state.updates + k + 1) % config.policy_delay == 0
                 state, part, now = step(state, nets, drawn, noise, config, due)  # 2. to 4., see `learn`
                 numbers |= now
 
-            state = offpolicy.advance(state, world, count)
+            state = offpolicy.advance(state, count)
             offpolicy.report(session, state, nets.actor, config, part, numbers)
         return offpolicy.finish(session, state, nets.actor, config)

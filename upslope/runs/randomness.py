@@ -5,8 +5,13 @@ numbers, and every rank of a distributed run has streams of its own.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
+
+BLOCK = 64  # positions drawn at once
+T = TypeVar("T")
 
 
 def derive(seed: int, *path: int | str) -> int:
@@ -27,3 +32,30 @@ def generator(seed: int, *path: int | str, device: str = "cpu") -> torch.Generat
     True
     """
     return torch.Generator(device=device).manual_seed(derive(seed, *path))
+
+
+class Blocks(Generic[T]):
+    """What a stream gives at each position, drawn for 64 positions at once and kept until another block is asked for.
+
+    A generator costs as much as a small network's answer; what is drawn is a function of (seed, path, position) still.
+
+    Args:
+        draw: (generator, count) -> what is drawn for that many positions, in turn.
+        seed: the run's.
+        path: the stream's.
+
+    >>> numbers = Blocks(lambda random, count: torch.rand(count, generator=random), 1, "noise")
+    >>> [bool(numbers.at(position) == numbers.at(70)) for position in (70, 6, 71)]
+    [True, False, False]
+    """
+
+    def __init__(self, draw: Callable[[torch.Generator, int], Sequence[T]], seed: int, *path: int | str) -> None:
+        self._draw, self._seed, self._path = draw, seed, path
+        self._block, self._drawn = -1, ()  # type: tuple[int, Sequence[Any]]
+
+    def at(self, position: int) -> T:
+        block, place = divmod(position, BLOCK)
+        if block != self._block:
+            self._drawn = self._draw(generator(self._seed, *self._path, block), BLOCK)
+            self._block = block
+        return self._drawn[place]
