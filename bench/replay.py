@@ -61,11 +61,12 @@ def cycle() -> tuple[Callable[[], None], Any]:
         part[...] = part[0]
     memory.open[:] = memory.written - 1
     memory.prioritise(np.arange(CAPACITY), np.random.default_rng(0).exponential(size=CAPACITY), 0.6, 1e-6)
-    error, random = np.random.default_rng(1).exponential(size=BATCH), torch.Generator().manual_seed(0)
+    random = np.random.default_rng(1)
+    error = random.exponential(size=BATCH)
 
     def once() -> None:
         memory.append(a, step)
-        row, weight = memory.prioritised(BATCH, random, 0.4)
+        row, weight = memory.prioritised(random.random(BATCH), 0.4)
         memory.batch(row, 0.99, 1, weight)
         memory.prioritise(row, error, 0.6, 1e-6)
 

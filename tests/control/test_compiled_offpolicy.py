@@ -91,10 +91,10 @@ def test_a_gradient_that_is_not_finite_stops_a_compiled_run() -> None:
     config = CONFIGS["ddpg"][1]
     with Run("ddpg", replace(config, run=runs.Config(quiet=True)), 1) as session:
         state, nets = ddpg.begin(config, session)
-        world = offpolicy.collect(lambda observation, t: torch.zeros(2, 1), state, config, 20)
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.collect(lambda state, observation, t: torch.zeros(2, 1), state, config, 20)
+        state = offpolicy.advance(state, 0)
         state.replay.reward[:] = torch.nan
-        drawn = offpolicy.draw(state, config, torch.Generator())
+        drawn = offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0])
         step = offpolicy_program.compiled(ddpg.learn, nets, config)
         with pytest.raises(ValueError, match="grad_norm is nan"):
             step(state, nets, drawn, None, config)

@@ -1,5 +1,6 @@
 """DQN on its own definitions: targets and loss by hand, every variant alone and together, resuming, learning."""
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,10 @@ def small(environment_id: str = "CartPole-v1", num_envs: int = 1, **changes: obj
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def choosing(state: State, net: Net, config: DQN) -> offpolicy.Choose:
+    return offpolicy.choosing(functools.partial(dqn.act, net), dqn.behaviour(net, state.world.envs, config))
+
+
 def begun(config: DQN, steps: int = 30) -> tuple[State, Net]:
     """A run whose replay holds some steps and whose target network is another than the one that acts."""
     session = Run("dqn", config, config.total_steps)
@@ -54,8 +59,8 @@ def begun(config: DQN, steps: int = 30) -> tuple[State, Net]:
     net.freeze(state.others["target"])
     state.others["target"].add_(0.1 * torch.randn(len(state.theta), generator=torch.Generator().manual_seed(5)))
     for _ in range(steps):
-        world = offpolicy.collect(dqn.behaviour(state, net, config), state, config, config.train_interval)
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.collect(choosing(state, net, config), state, config, config.train_interval)
+        state = offpolicy.advance(state, 0)
     return state, net
 
 
@@ -63,8 +68,8 @@ def test_observations_are_learned_from_as_they_are_acted_on() -> None:
     """Normalised, with the statistics of all that was seen before; by NumPy."""
     config = small(normalize=normalization.Config(observation=True, observation_clip=1.5))
     state, _ = begun(config, 40)
-    drawn = offpolicy.draw(state, config, torch.Generator().manual_seed(0))
-    row, memory = drawn.row.numpy(), state.replay
+    drawn = offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0])
+    row, memory = drawn.row, state.replay
     batch = offpolicy.batch(state, config, drawn)
     seen = state.world.normalizer.observation[""]
     for found, raw in (
@@ -90,7 +95,7 @@ def forward(net: Net, theta: torch.Tensor, observation: np.ndarray) -> np.ndarra
 def test_target_loss_and_gradient_by_hand(double: bool) -> None:
     config = small("Acrobot-v1", double=double, huber=1.0, gamma=0.9)
     state, net = begun(config)
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     target = dqn.estimate(state, net, batch, [None, None], config)
     judged = forward(net, state.others["target"], batch.next_observation.numpy())
     chosen = forward(net, state.theta, batch.next_observation.numpy()) if double else judged
@@ -207,9 +212,9 @@ def test_approximate_q_learning_learns_from_each_transition_once() -> None:
         if state.step >= 30:
             break
         taken = state.replay.transitions
-        world = offpolicy.collect(dqn.behaviour(state, net, config), state, config, 1)
+        state = offpolicy.collect(choosing(state, net, config), state, config, 1)
         if state.replay.transitions == taken:  # a reset row
-            state = offpolicy.advance(state, world, 0)
+            state = offpolicy.advance(state, 0)
             continue
         (row,) = state.replay.recent(1)
         one = state.replay.batch(np.array([row]), config.gamma)
@@ -219,7 +224,7 @@ def test_approximate_q_learning_learns_from_each_transition_once() -> None:
         loss = (one.reward + one.discount * following - q)[0] ** 2 / 2
         (slope,) = torch.autograd.grad(loss, leaf)
         theta.sub_(0.05 * slope)
-        state = offpolicy.advance(state, world, 1)
+        state = offpolicy.advance(state, 1)
     torch.testing.assert_close(agent.theta, theta, rtol=1e-4, atol=1e-6)
 
 
@@ -229,17 +234,19 @@ def test_epsilon_falls_and_random_actions_are_uniform() -> None:
     shares = []
     for _ in range(10):
         greedy, chosen = [], []
-        behaviour = dqn.behaviour(state, net, config)
+        behaviour = choosing(state, net, config)
 
-        def choose(observation: torch.Tensor, t: int, behaviour: offpolicy.Choose = behaviour) -> torch.Tensor:
-            chosen.append(behaviour(observation, t))
+        def choose(
+            state: State, observation: torch.Tensor, t: int, behaviour: offpolicy.Choose = behaviour
+        ) -> torch.Tensor:
+            chosen.append(behaviour(state, observation, t))
             greedy.append(net(state.theta, observation).argmax(-1))
             return chosen[-1]
 
-        world = offpolicy.collect(choose, state, config, 100)
+        state = offpolicy.collect(choose, state, config, 100)
         other = (torch.stack(chosen) != torch.stack(greedy)).double().mean()
         shares.append(float(other) * 3 / 2)  # a random action is the greedy one in a third of the cases
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.advance(state, 0)
     expected = [1 + (0.05 - 1) * min(1.0, (400 * k + 198) / 2000) for k in range(10)]
     np.testing.assert_allclose(shares, expected, atol=0.13)  # 400 draws: five standard errors
 
@@ -248,12 +255,12 @@ def test_noisy_networks_explore_by_their_weights() -> None:
     config = small(network=replace(NETWORK, noisy="factorised"))
     state, net = begun(config, 1)
     observation = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    noise = dqn.noises(net, 2, torch.Generator().manual_seed(1))
+    noise = dqn.noises(net, torch.Generator().manual_seed(1), 2)
     one, two = (net(state.theta, observation, part) for part in noise)
     assert not torch.equal(one, two)
     mean = net(state.theta, observation)
     assert torch.equal(mean, net(state.theta, observation, torch.zeros(net.module.noise_size)))  # type: ignore[arg-type]
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator()))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     _, _, part = net.gradient(dqn.objective, state.theta, net, batch, torch.zeros(16), noise[0], config)
     assert part.q.shape == (16,)
     gradients = {name: g for (name, _), g in zip(

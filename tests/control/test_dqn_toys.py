@@ -146,7 +146,7 @@ def test_importance_weights_restore_the_mean() -> None:
     def expected_step(q: float, alpha: float, beta: float) -> float:
         memory.prioritise(here, rewards - q, alpha, 0.0)
         p = memory.tree.leaves[here] / memory.tree.total()  # type: ignore[union-attr]
-        row, weight = memory.prioritised(4000, torch.Generator().manual_seed(0), beta)
+        row, weight = memory.prioritised(np.random.default_rng(0).random(4000), beta)
         of = dict(zip(row.tolist(), weight.tolist(), strict=True))
         return sum(p[k] * of[row] * (rewards[k] - q) for k, row in enumerate(here.tolist()))
 

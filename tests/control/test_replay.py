@@ -269,7 +269,7 @@ def test_frames_are_stored_once_and_stacks_are_those_of_the_environment(
     if prioritised:
         assert once.tree is not None
         assert set(np.flatnonzero(once.tree.leaves)) == set(usable)
-    drawn = once.uniform(5_000, torch.Generator().manual_seed(0))
+    drawn = once.uniform(5_000, places(6_000, 0))
     assert set(drawn) == set(usable)
 
 
@@ -292,11 +292,18 @@ def test_a_replay_of_frames_is_put_away_and_taken_up(tmp_path: Path) -> None:
     assert path.exists()
 
 
-def test_uniform_is_uniform() -> None:
+def places(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**62, count)
+
+
+@pytest.mark.parametrize("count", [300_000, 8])  # places: enough, and so few that nearly all are drawn again
+def test_uniform_is_uniform(count: int) -> None:
     memory, _ = filled(FLAT, 3, 200, "same-step", 90)
     here = rows(memory)
     assert len(here) < 90
-    drawn = memory.uniform(100_000, torch.Generator().manual_seed(1))
+    drawn = memory.uniform(100_000, places(count, 1))
+    assert len(drawn) == 100_000
+    assert np.array_equal(drawn, memory.uniform(100_000, places(count, 1)))
     counts = np.bincount(drawn, minlength=90)
     assert counts.sum() == counts[here].sum()
     assert stats.chisquare(counts[here]).pvalue > 0.001
@@ -406,14 +413,14 @@ def test_frequencies_are_proportional_to_priorities(alpha: float) -> None:
     here = rows(memory)
     error = np.random.default_rng(2).normal(size=len(here)) * 3
     memory.prioritise(here, error, alpha, 1e-6)
-    random = torch.Generator().manual_seed(3)
+    random = np.random.default_rng(3)
     # single draws are independent; batches are stratified, which only makes the counts more even
-    drawn = np.concatenate([memory.prioritised(1, random, 0.4)[0] for _ in range(5_000)])
+    drawn = np.concatenate([memory.prioritised(random.random(1), 0.4)[0] for _ in range(5_000)])
     counts = np.bincount(drawn, minlength=140)
     p = (np.abs(error) + 1e-6) ** alpha
     assert counts[here].sum() == 5_000
     assert stats.chisquare(counts[here], 5_000 * p / p.sum()).pvalue > 0.001
-    batch = np.bincount(memory.prioritised(20_000, random, 0.4)[0], minlength=140)
+    batch = np.bincount(memory.prioritised(random.random(20_000), 0.4)[0], minlength=140)
     np.testing.assert_allclose(batch[here], 20_000 * p / p.sum(), atol=2)  # at most one stratum at each end is shared
 
 
@@ -424,10 +431,10 @@ def test_importance_weights_are_those_of_the_paper() -> None:
     memory.prioritise(here, error, 0.6, 1e-6)
     p = np.zeros(100)
     p[here] = (error + 1e-6) ** 0.6
-    row, weight = memory.prioritised(32, torch.Generator().manual_seed(0), 0.7)
+    row, weight = memory.prioritised(np.random.default_rng(0).random(32), 0.7)
     w = (1 / (len(here) * p[row] / p.sum())) ** 0.7
     np.testing.assert_allclose(weight, w / w.max(), rtol=1e-12)
-    assert (memory.prioritised(32, torch.Generator().manual_seed(0), 0.0)[1] == 1).all()
+    assert (memory.prioritised(np.random.default_rng(0).random(32), 0.0)[1] == 1).all()
 
 
 def test_new_transitions_get_the_highest_priority_and_forgotten_ones_none() -> None:
@@ -464,7 +471,7 @@ def test_put_away_and_brought_back(
     for t, (action, step) in enumerate(happened):
         memory.append(action, step)
         if t % 200 == 0:
-            memory.prioritise(memory.uniform(8, torch.Generator().manual_seed(t)), np.arange(8.0), 0.6, 1e-6)
+            memory.prioritise(memory.uniform(8, places(8, t)), np.arange(8.0), 0.6, 1e-6)
         if t % 250 == 249:
             checkpoint.write(tmp_path / "a", t, memory.pack(), {}, segments=memory.segments(), written=known)
             saved = checkpoint.read(tmp_path / "a", t)
@@ -476,13 +483,13 @@ def test_put_away_and_brought_back(
     for t, (action, step) in enumerate(happened):
         whole.append(action, step)
         if t % 200 == 0:
-            whole.prioritise(whole.uniform(8, torch.Generator().manual_seed(t)), np.arange(8.0), 0.6, 1e-6)
+            whole.prioritise(whole.uniform(8, places(8, t)), np.arange(8.0), 0.6, 1e-6)
     for name, one in (("a", memory), ("b", whole)):
         checkpoint.write(tmp_path / name, steps, one.pack(), {}, segments=one.segments())
     saved = [checkpoint.read(tmp_path / name, steps) for name in "ab"]
     prints = [checkpoint.fingerprint(s.tensors, s.state.get("segments")) for s in saved]
     assert prints[0] == prints[1]
-    samples = [m.prioritised(64, torch.Generator().manual_seed(9), 0.5) for m in (memory, whole)]
+    samples = [m.prioritised(np.random.default_rng(9).random(64), 0.5) for m in (memory, whole)]
     assert np.array_equal(samples[0][0], samples[1][0])
     assert np.array_equal(samples[0][1], samples[1][1])
     row, weight = samples[0]

@@ -1,5 +1,6 @@
 """SAC on its own definitions: objectives and targets against NumPy in float64, entropy, bounds, resuming, learning."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,14 +77,20 @@ def small(environment_id: str = ASYMMETRIC, num_envs: int = 2, **changes: object
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def choosing(state: State, nets: sac.Nets, config: SAC) -> offpolicy.Choose:
+    return offpolicy.choosing(
+        functools.partial(sac.act, nets.actor), sac.behaviour(nets.actor, state.world.envs, config)
+    )
+
+
 def begun(config: SAC, steps: int = 30) -> tuple[State, sac.Nets]:
     """A run whose replay holds some steps and whose target is another than what it follows."""
     state, nets = sac.begin(config, Run("sac", config, config.total_steps))
     target = state.others["target"]
     target.add_(0.1 * torch.randn(len(target), generator=torch.Generator().manual_seed(5)))
     for _ in range(steps):
-        world = offpolicy.collect(sac.behaviour(state, nets.actor, config), state, config, config.train_interval)
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.collect(choosing(state, nets, config), state, config, config.train_interval)
+        state = offpolicy.advance(state, 0)
     return state, nets
 
 
@@ -152,7 +159,7 @@ def test_targets_objectives_and_gradients_by_numpy(value_network: bool) -> None:
     config = small(value_network=value_network, gamma=0.9, batch_size=16, network=replace(NETWORK, hidden=(4, 4)))
     alpha = 0.3
     state, nets = begun(config)
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(2)))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     assert (batch.discount == 0).any()
     assert (batch.discount > 0).any()
     o, a, following = batch.observation.numpy(), batch.action.numpy(), batch.next_observation.numpy()
@@ -200,7 +207,7 @@ def test_every_theta_moves_and_the_target_follows(value_network: bool) -> None:
     config = small(value_network=value_network, target_tau=0.25)
     state, nets = begun(config)
     before = {name: theta.clone() for name, theta in {"theta": state.theta, **state.others}.items()}
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     noise, alpha = normal(2, 16, 2), sac.temperature(state, config)
     assert alpha == 1.0
     targets = sac.estimate(state, nets, batch, noise, alpha, config)
@@ -350,9 +357,10 @@ def test_state_dependent_noise_keeps_one_matrix_for_an_iteration() -> None:
     state, nets = sac.begin(config, Run("sac", config, config.total_steps))
     seen = torch.tensor([[0.5, -0.5, 1.0]])
     with torch.no_grad():
-        here = [sac.behaviour(state, nets.actor, config)(seen, t) for t in range(4)]
-        later = sac.behaviour(state._replace(iteration=1), nets.actor, config)(seen, 0)
-        other = sac.behaviour(state, nets.actor, config)(2 * seen, 0)
+        choose = choosing(state, nets, config)
+        here = [choose(state, seen, t) for t in range(4)]
+        later = choose(state._replace(iteration=1), seen, 0)
+        other = choose(state, 2 * seen, 0)
     assert all(torch.equal(action, here[0]) for action in here)
     assert not torch.equal(later, here[0])
     assert not torch.equal(other, here[0])
@@ -367,7 +375,7 @@ def test_bfloat16_is_of_the_products_between_hidden_layers_alone() -> None:
     def values(precision: Any, hidden: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         config = small(network=actors.Stochastic(hidden=hidden, precision=precision))
         state, nets = begun(config)
-        batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(0)))
+        batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
         noise = torch.ones(2, *batch.action.shape)
         target, _ = sac.estimate(state, nets, batch, noise, 0.2, config)
         gradient, value, _ = nets.critic.gradient(

@@ -1,5 +1,6 @@
 """Soft Q-learning on its own definitions: target and loss by hand, its policy, a known problem's soft optimum."""
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,10 @@ def small(environment_id: str = "CartPole-v1", num_envs: int = 2, **changes: obj
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def choosing(state: State, net: Net, config: SoftQ) -> offpolicy.Choose:
+    return offpolicy.choosing(functools.partial(soft_q.act, net), soft_q.behaviour(state.world.envs, config))
+
+
 def begun(config: SoftQ, steps: int = 30) -> tuple[State, Net]:
     session = Run("soft-q", config, config.total_steps)
     start = lambda theta: ({"target": theta.clone()}, {"theta": config.optimizer.start(theta)})  # noqa: E731
@@ -44,14 +49,14 @@ def begun(config: SoftQ, steps: int = 30) -> tuple[State, Net]:
     net.freeze(state.others["target"])
     state.others["target"].add_(0.1 * torch.randn(len(state.theta), generator=torch.Generator().manual_seed(5)))
     for _ in range(steps):
-        world = offpolicy.collect(soft_q.behaviour(state, net, config), state, config, config.train_interval)
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.collect(choosing(state, net, config), state, config, config.train_interval)
+        state = offpolicy.advance(state, 0)
     return state, net
 
 
 def test_target_and_loss_by_hand() -> None:
     state, net = begun(config := small(gamma=0.9, batch_size=100))
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(1)))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     assert (batch.discount == 0).any()
     found = soft_q.estimate(state, net, batch, config)
     q = net(state.others["target"], batch.next_observation).double().numpy()
@@ -70,8 +75,8 @@ def test_target_and_loss_by_hand() -> None:
 def test_actions_are_drawn_from_exp_q_over_alpha() -> None:
     state, net = begun(config := small(num_envs=1, train_interval=4000, learning_starts=0), 0)
     observation = torch.tensor([[0.3, -0.2, 0.1, 0.5]])
-    choose = soft_q.behaviour(state, net, config)
-    share = np.mean([int(choose(observation, t)) for t in range(4000)])
+    choose = choosing(state, net, config)
+    share = np.mean([int(choose(state, observation, t)) for t in range(4000)])
     q = net(state.theta, observation)[0].detach().numpy() / 0.5
     expected = 1 / (1 + math.exp(q[0] - q[1]))
     assert abs(expected - 0.5) > 0.01
@@ -79,8 +84,8 @@ def test_actions_are_drawn_from_exp_q_over_alpha() -> None:
     policy = net.only("policy", state.theta, observation)
     assert isinstance(policy, distributions.Categorical)
     assert float(policy.logits.softmax(-1)[0, 1].detach()) == pytest.approx(expected, rel=1e-5)
-    first = soft_q.behaviour(state, net, replace(config, learning_starts=10**6))
-    assert np.mean([int(first(observation, t)) for t in range(4000)]) == pytest.approx(0.5, abs=0.04)
+    first = choosing(state, net, replace(config, learning_starts=10**6))
+    assert np.mean([int(first(state, observation, t)) for t in range(4000)]) == pytest.approx(0.5, abs=0.04)
 
 
 def test_the_soft_optimum_is_found() -> None:
@@ -88,16 +93,16 @@ def test_the_soft_optimum_is_found() -> None:
     if "Short-v0" not in gym.registry:
         gym.register("Short-v0", entry_point=worlds.Clock, kwargs={"end": 3})
     config = small(
-        "Short-v0", total_steps=3000, gamma=0.9, target_interval=10, learning_starts=50, batch_size=64,
+        "Short-v0", total_steps=6000, gamma=0.9, target_interval=10, learning_starts=50, batch_size=64,
         optimizer=optimizers.Adam(5e-3, 1e-8), network=replace(NETWORK, alpha=1.0), anneal_learning_rate=True,
     )  # fmt: skip
     agent = soft_q.train(config)
     for k in range(3):
         n = 3 - k
         expected = sum(0.9**j for j in range(n)) + sum(0.9**j * math.log(2) for j in range(1, n))
-        observation = torch.tensor([[k, (k + 1.0), 3.0]], dtype=torch.float32)  # about what is seen on the way
+        observation = torch.tensor([[k, k + 0.5, 3.0]], dtype=torch.float32)  # the mean of what is seen on the way
         q = agent.net(agent.theta, observation).detach().numpy()
-        np.testing.assert_allclose(q, expected, atol=0.15)
+        np.testing.assert_allclose(q, expected, atol=0.1)
 
 
 def test_a_run_is_loaded_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """TD3 and DDPG on their own definitions: targets, losses and gradients by hand, delay, smoothing, noise, learning."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from upslope.control.ddpg import DDPG
 from upslope.control.offpolicy import State
 from upslope.control.td3 import TD3
 from upslope.runs import run as runs
+from upslope.runs.randomness import generator
 from upslope.runs.run import Run
 
 QUIET = runs.Config(quiet=True)
@@ -46,15 +48,19 @@ def small(kind: Any = TD3, environment_id: str = ASYMMETRIC, num_envs: int = 2, 
     return replace(config, **changes)
 
 
+def choosing(state: State, nets: Any, config: Any) -> offpolicy.Choose:
+    act = functools.partial(action_noise.act, nets.actor)
+    return offpolicy.choosing(act, action_noise.behaviour(nets.actor, state.world.envs, config))
+
+
 def begun(module: Any, config: Any, steps: int = 30) -> tuple[State, Any]:
     """A run whose replay holds some steps and whose targets are others than what they follow."""
     state, nets = module.begin(config, Run("td3", config, config.total_steps))
     for name in ("actor_target", "critic_target"):
         state.others[name].add_(0.1 * normal(len(state.others[name]), seed=5))
     for _ in range(steps):
-        choose = action_noise.behaviour(state, nets.actor, config)
-        world = offpolicy.collect(choose, state, config, config.train_interval)
-        state = offpolicy.advance(state, world, 0)
+        state = offpolicy.collect(choosing(state, nets, config), state, config, config.train_interval)
+        state = offpolicy.advance(state, 0)
     return state, nets
 
 
@@ -87,7 +93,7 @@ def stretch(unit: torch.Tensor) -> torch.Tensor:
 def test_target_objectives_and_gradients_by_hand(module: Any, kind: Any) -> None:
     state, nets = begun(module, config := small(kind, gamma=0.9))
     assert len(nets.critic.views(state.others["critic"])["weights.0"]) == (2 if kind is TD3 else 1)
-    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, torch.Generator().manual_seed(1)))
+    batch = offpolicy.batch(state, config, offpolicy.draw(state, config, offpolicy.chances(config).at(0)[0]))
     assert (batch.discount == 0).any()
     unit = unit_of(nets, state.others["actor_target"], batch.next_observation)
     if kind is TD3:
@@ -128,7 +134,7 @@ def test_targets_of_several_steps(module: Any, kind: Any, monkeypatch: pytest.Mo
         return draws[-1]
 
     def watched(state: State, nets: Any, batch: Any, *given: Any) -> Any:
-        batches.append((batch, state.replay.batch(draws[-1].row.numpy(), 0.9, 3)))
+        batches.append((batch, state.replay.batch(draws[-1].row, 0.9, 3)))
         return learn(state, nets, batch, *given)
 
     monkeypatch.setattr(offpolicy, "draw", drawing)
@@ -169,13 +175,12 @@ def test_policy_and_targets_move_when_they_are_due(delay: int, monkeypatch: pyte
 def test_noise_stays_within_the_bounds_of_actions(module: Any, kind: Any) -> None:
     config = small(kind, noise=action_noise.Config(std=0.5), learning_starts=0)
     state, nets = begun(module, config, 0)
-    random = offpolicy.noise(state, config, "behaviour")
-    noise = torch.randn(1, 2, 2, generator=random)[0]
+    noise = torch.randn(64, 2, 2, generator=generator(config.run.seed, "behaviour", 0))[0]
     observation = normal(2, 3)
-    action = action_noise.behaviour(state, nets.actor, config)(observation, 0)
+    action = choosing(state, nets, config)(state, observation, 0)
     torch.testing.assert_close(action, stretch((unit_of(nets, state.theta, observation) + 0.5 * noise).clamp(-1, 1)))
     wild = replace(config, noise=action_noise.Config(std=100.0))
-    action = action_noise.behaviour(state, nets.actor, wild)(observation, 0)
+    action = choosing(state, nets, wild)(state, observation, 0)
     assert (((action - LOW).abs() < 1e-5) | ((action - HIGH).abs() < 1e-5)).all()
 
 
@@ -184,17 +189,17 @@ def test_wandering_noise_goes_on_and_begins_anew_with_an_episode() -> None:
     config = small(DDPG, noise=noise, learning_starts=0, total_steps=10_000)
     state, nets = begun(ddpg, config, 0)
     by_hand, restarts = torch.zeros(2, 2), 0
-    for _ in range(20):
+    for _ in range(80):
         fresh = torch.from_numpy(state.world.episode_length == 0)
         restarts += int(fresh.sum())
-        drawn = torch.randn(1, 2, 2, generator=offpolicy.noise(state, config, "behaviour"))[0]
+        block = generator(config.run.seed, "behaviour", state.iteration // 64)
+        drawn = torch.randn(64, 2, 2, generator=block)[state.iteration % 64]
         by_hand = torch.where(fresh[:, None], 0.0, by_hand)
         by_hand = by_hand * (1 - 2.0 * 0.1) + 0.5 * 0.1**0.5 * drawn
-        choose = action_noise.behaviour(state, nets.actor, config)
-        state = offpolicy.advance(state, offpolicy.collect(choose, state, config, 1), 0)
+        state = offpolicy.advance(offpolicy.collect(choosing(state, nets, config), state, config, 1), 0)
         torch.testing.assert_close(state.others["noise"], by_hand)
         assert "others.noise" in offpolicy.pack(state)
-    assert 4 < restarts < 20
+    assert 4 < restarts < 80
     assert "noise" not in begun(ddpg, small(DDPG), 0)[0].others
 
 

@@ -63,7 +63,7 @@ W3 = replace(W2, environment=environments.Config("CartPole-v1", 1024), rollout_l
 W6 = trpo.TRPO(environment=environments.Config("CartPole-v1", 1, "sync"))
 W4 = dqn.DQN(
     environment=environments.Config("CartPole-v1", 1, "sync"), optimizer=optimizers.Adam(1e-4, 1e-8),
-    run=runs.Config(log_interval=50), learning_starts=100, train_interval=1, batch_size=64,
+    learning_starts=100, train_interval=1, batch_size=64,
 )  # fmt: skip
 W5 = sac.SAC(environment=environments.Config("Pendulum-v1", 1, "sync"), run=runs.Config(log_interval=50))
 W5_HALF = replace(W5, network=actors.Stochastic(precision="bfloat16"))

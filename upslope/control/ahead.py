@@ -104,7 +104,7 @@ def _flatten(value: Any, leaves: list[Tensor]) -> None:
         for part in value:
             if type(part) is Tensor:  # most are, and a call would take longer than this
                 leaves.append(part)
-            else:
+            elif part is not None:
                 _flatten(part, leaves)
     elif isinstance(value, dict):
         for name in sorted(value):

@@ -1,4 +1,4 @@
-"""Inductor's C++ compiler in less time: what calls the kernels beside the kernels, and fewer dry runs before both."""
+"""Inductor with less to do: object files side by side, fewer dry runs, a gradient's parts computed in the gradient."""
 
 import contextlib
 import os
@@ -23,7 +23,8 @@ def hurried() -> Iterator[None]:
     """Within it Inductor's object files are compiled side by side, and waited for when they are linked.
 
     Of its dry runs, which find out what instructions the compiler knows, those about AMX are left: any compiler with
-    C++20 knows the instructions that the others are about.
+    C++20 knows the instructions that the others are about. A gradient's parts are computed in the gradient, not copied
+    into it.
 
     Raises, when something is linked:
         torch._inductor.exc.CppCompileError: an object file could not be compiled.
@@ -31,7 +32,8 @@ def hurried() -> Iterator[None]:
     from torch._inductor import cpp_builder, ir
     from torch._inductor.cpu_vec_isa import VecAMX, VecISA
 
-    run, check, realize = cpp_builder.run_compile_cmd, VecISA.check_build, ir.ConcatKernel.realize_into
+    concat: Any = ir.ConcatKernel
+    run, check, realize = cpp_builder.run_compile_cmd, VecISA.check_build, concat.realize_into
     started: list[Started] = []
 
     def begin_or_link(line: str, cwd: str) -> None:
@@ -46,11 +48,11 @@ def hurried() -> Iterator[None]:
     cpp_builder.run_compile_cmd = begin_or_link  # type: ignore[assignment]
     tried = (VecAMX._amx_code, VecAMX._amx_fp16_code)
     VecISA.check_build = lambda self, code: code not in tried or check(self, code)  # type: ignore[method-assign]
-    ir.ConcatKernel.realize_into = classmethod(lambda cls, src, dst: _within(src, dst) or realize(src, dst))  # type: ignore[method-assign]
+    concat.realize_into = classmethod(lambda cls, part, whole: _within(part, whole) or realize(part, whole))
     try:
         yield
     finally:
-        ir.ConcatKernel.realize_into = realize  # type: ignore[method-assign]
+        concat.realize_into = realize
         cpp_builder.run_compile_cmd, VecISA.check_build = run, check  # type: ignore[method-assign]
         for left in started:
             with contextlib.suppress(ProcessLookupError):
@@ -63,11 +65,12 @@ def _within(part: Any, whole: Any) -> Any:
     """A product that is a part of a vector, as a gradient is of θ's, computed where it is to lie; else None."""
     from torch._inductor import ir
 
-    view = part.data if isinstance(part, ir.TensorBox) else part
+    view: Any = part.data if isinstance(part, ir.TensorBox) else part
     product = view.data.data if isinstance(view, ir.ReinterpretView) and isinstance(view.data, ir.StorageBox) else None
     if not isinstance(product, ir.ExternKernelOut) or not ir.is_storage_and_layout(whole):
         return None
-    own, storage, there = product.layout, *ir.as_storage_and_layout(whole)
+    own: Any = product.layout
+    storage, there = ir.as_storage_and_layout(whole)
     fits = isinstance(own, ir.FixedLayout | ir.FlexibleLayout) and own.is_contiguous() and own.dtype == there.dtype
     if not fits or len(there.size) != 1 or there.stride != [1] or not view.layout.is_contiguous() or view.layout.offset:
         return None

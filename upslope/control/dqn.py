@@ -207,8 +207,9 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
                 drawn = offpolicy.draw(state, config, where, config.n_step, beta)
                 state, part, numbers = step(state, net, drawn, noise, config)  # 2. to 4., see `learn`
                 if config.priority_exponent:
-                    row, error = drawn.row.numpy(), part.td_error.numpy()
-                    state.replay.prioritise(row, error, config.priority_exponent, config.priority_epsilon)
+                    state.replay.prioritise(
+                        drawn.row, part.td_error.numpy(), config.priority_exponent, config.priority_epsilon
+                    )
 
             if config.target_interval and offpolicy.passed(config.target_interval, state.step, state.world.steps):
                 target = state.others["target"]

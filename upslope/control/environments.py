@@ -17,6 +17,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
+from jaxtyping import Int64
 
 from upslope.control import episodes, masks, networks, tensor_environments
 from upslope.control.atari import Atari
@@ -100,10 +101,20 @@ class Environments:
         self.masked = masks.masked(self.observation_space, self.action_space)
         self.autoreset = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.episode = np.zeros(self.num_envs, dtype=np.int64)  # index of the running episode, per environment
-        self.length = np.zeros(self.num_envs, dtype=np.int64)  # its steps so far
+        self._steps = 0  # of each environment, reset rows included
+        self._begun = np.zeros(self.num_envs, dtype=np.int64)  # of these before the running episode
         self._owed = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next row is a reset row
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
         self._seen: Observation = np.zeros(0)  # what to act on next; a native environment cannot be asked for it again
+
+    @property
+    def length(self) -> Int64[np.ndarray, " N"]:
+        """Steps of the running episodes so far."""
+        return np.maximum(self._steps - self._begun, 0)
+
+    @length.setter
+    def length(self, length: Int64[np.ndarray, " N"]) -> None:
+        self._begun = self._steps - length + self._owed
 
     def reset(self) -> Observation:
         native = self.kind == "native"
@@ -117,7 +128,8 @@ class Environments:
     def restart(self) -> Observation:
         """Begin a new episode in every environment, the same one counted from the start; running ones are left."""
         self.episode[:] = self.episode.max() + 1
-        self.length[:], self._owed[:] = 0, False
+        self._owed[:] = False
+        self._begun[:] = self._steps
         options = {"episode": int(self.episode[0])} if self.kind == "episodes" else None
         observation, infos = self._reset(None, options)
         self._lives = np.array(infos.get("lives", self._lives))
@@ -145,10 +157,10 @@ class Environments:
         if self.autoreset == AutoresetMode.NEXT_STEP:
             valid = ~self._owed
             self._owed = ended
-        self.length += 1 if valid is None else valid
+        self._steps += 1
         if any_ended:
             self.episode = self.episode + ended
-            self.length[ended] = 0
+            self._begun[ended] = self._steps + (valid is not None)  # the reset row comes first
             if self.autoreset == AutoresetMode.DISABLED:
                 observation, fresh = self._reset(None, {"reset_mask": ended.copy()})
                 if "lives" in infos:
@@ -174,7 +186,7 @@ class Environments:
         Raises:
             ValueError: a NaN or infinite observation.
         """
-        self.episode, self.length, self._seen = self.episode + ended, length.copy(), observation
+        self.episode, self.length, self._seen = self.episode + ended, length, observation
         self._refuse_non_finite(observation, None)
         return observation
 
@@ -258,8 +270,8 @@ class Environments:
             self._seen = parts.get("", parts)
         if isinstance(self.envs, TensorVector):
             self._seen = self.envs.restore({k[7:]: v for k, v in state.items() if k.startswith("tensor.")})
-        self.length = state["length"].copy()
         self._owed, self._lives = state["owed"].astype(bool), state["lives"].copy()
+        self.length = state["length"]
         return self._seen
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class State(NamedTuple):
     iteration: int
     step: int  # environment steps so far
     updates: int  # gradient steps so far
-    action: Tensor | None = None  # in answer to the world's observation, where the last gradient step gave it too
+    action: np.ndarray | None = None  # in answer to the world's observation, where the last gradient step gave it too
 
 
 class Config(learner.Config, Protocol):
@@ -101,7 +101,8 @@ def start(
         optimizer = {name: optimizers.unpack(_beneath(f"optimizers.{name}.", saved)) for name in sorted(named)}
         others, theta = _beneath("others.", saved), net.bind(saved["theta"])
         iteration, step, updates = (int(saved[name]) for name in ("iteration", "step", "updates"))
-        action = None if world.envs.kind == "pool" else saved.get("action")  # whose episodes begin anew
+        known = "action" in saved and world.envs.kind != "pool"  # whose episodes begin anew
+        action = saved["action"].numpy() if known else None
         return State(theta, _sorted(others), optimizer, world, memory, iteration, step, updates, action), net
     memory.begin(world.observation)
     initial = net.initial()
@@ -132,7 +133,7 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> State:
         if t > 0 or state.action is None:
             action = choose(state, sight(world, raw, config), t).detach().numpy()
         else:
-            action = state.action.numpy()
+            action = state.action
         step = world.envs.step(action)
         returns += step.reward
         lengths += 1 if step.valid is None else step.valid
@@ -197,21 +198,19 @@ def chances(
 
 def draw(state: State, config: Config, places: np.ndarray, n: int = 1, beta: float | None = None) -> replay.Drawn:
     """B transitions of n steps: uniform, or with β prioritised; without a replay those just collected."""
-    weight = None
+    weights = None
     if not config.replay_capacity:
         row = state.replay.recent(state.replay.transitions - state.step)
     elif beta is None:
         row = state.replay.uniform(config.batch_size, places)
     else:
         row, weights = state.replay.prioritised(places, beta)
-        weight = torch.from_numpy(weights)
-    return replay.Drawn(torch.from_numpy(row), weight, config.gamma, n)
+    return replay.Drawn(row, weights, config.gamma, n)
 
 
 def batch(state: State, config: Config, drawn: replay.Drawn) -> replay.Batch:
     """What was drawn, as the network sees it."""
-    weight = None if drawn.weight is None else drawn.weight.numpy()
-    whole = state.replay.batch(drawn.row.numpy(), drawn.gamma, drawn.n, weight)
+    whole = state.replay.batch(drawn.row, drawn.gamma, drawn.n, drawn.weight)
     return seen(whole, state.world.normalizer, config)
 
 
@@ -304,7 +303,7 @@ def pack(state: State) -> dict[str, Tensor]:
     counts = {name: torch.tensor(getattr(state, name)) for name in ("iteration", "step", "updates")}
     others = {f"others.{name}": value for name, value in state.others.items()}
     world = distributed.collected("world", rollout.pack(state.world))
-    chosen = {} if state.action is None else {"action": state.action}
+    chosen = {} if state.action is None else {"action": torch.from_numpy(state.action)}
     return {"theta": state.theta, **others, **memories, **world, **state.replay.pack(), **counts, **chosen}
 
 

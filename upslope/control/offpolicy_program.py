@@ -10,8 +10,9 @@ what it changed is then still near, and a small network's answer takes a third o
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,13 +81,13 @@ def compiled(
     """
     programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
     bare, settings = _pure(nets), compilation.inside(config)
-    numbers = torch.zeros(0, dtype=torch.float64)  # one memory for all calls: how far the run is, optimisers' steps
+    places: list[Places] = []
 
     def program(fixed: tuple[Any, ...]) -> Callable[..., Any]:
         def gradient_step(
             theta: Tensor, others: dict[str, Tensor], rows: Rows, observed: dict[str, Any], numbers: Tensor,
             averages: dict[str, Any], drawn: Drawn, noise: Any, given: tuple[Any, ...] | None,
-        ) -> tuple[Tensor, tuple[str, ...], Any, Tensor | None]:  # fmt: skip
+        ) -> tuple[Tensor, tuple[str, ...], Any]:  # fmt: skip
             nothing: Any = None
             progress: Any
             progress, *steps = numbers.unbind()
@@ -96,20 +97,22 @@ def compiled(
             after, part, values = learn(inside, _judged(bare, others), batch, noise, settings, *fixed)
             told = [*(after.optimizer[name].step for name in averages), *values.values()]
             flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in told])
-            action = None if act is None or given is None else act(_actor(bare), after.theta, *given)
-            return flat, tuple(values), part, action
+            if act is not None and given is not None:
+                flat = torch.cat([flat, act(_actor(bare), after.theta, *given).flatten().double()])
+            return flat, tuple(values), part
 
-        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config), steady=5)
+        return ahead.compiled(gradient_step, loops=False, kept=lambda: compilation.remember(config), steady=7)
 
     def run(
         state: State, nets: Any, drawn: Drawn, noise: Any, config: Config, *fixed: Any
     ) -> tuple[State, Any, dict[str, float]]:
         if fixed not in programs:
             programs[fixed] = program(fixed)
-        numbers.resize_(1 + len(state.optimizer))
-        numbers.numpy()[:] = state.step / config.total_steps, *(kept.step for kept in state.optimizer.values())
+        if not places or any(kept.memory is not places[0].averages[name] for name, kept in state.optimizer.items()):
+            places[:] = [Places.of(drawn, state.optimizer)]
+        places[0].put(drawn, state.step / config.total_steps, *(kept.step for kept in state.optimizer.values()))
         given = None if behaviour is None else _given(behaviour, state, config)
-        return _moved(programs[fixed], state, numbers, drawn, noise, given)
+        return _moved(programs[fixed], state, places[0], noise, given)
 
     return run
 
@@ -132,21 +135,50 @@ def _given(behaviour: Behaviour, state: State, config: Config) -> tuple[Any, ...
 
 
 def _moved(
-    program: Callable[..., Any], state: State, numbers: Tensor, drawn: Drawn, noise: Any, given: tuple[Any, ...] | None
+    program: Callable[..., Any], state: State, places: "Places", noise: Any, given: tuple[Any, ...] | None
 ) -> tuple[State, Any, dict[str, float]]:
     """Run a program; θs and memories are updated in place."""
-    averages = {name: kept.memory for name, kept in state.optimizer.items()}
-    observed = state.world.normalizer.observation
-    flat, names, part, action = program(
-        state.theta, state.others, state.replay.rows, observed, numbers, averages, drawn, noise, given
+    averages, observed = places.averages, state.world.normalizer.observation
+    flat, names, part = program(
+        state.theta, state.others, state.replay.rows, observed, places.numbers, averages, places.drawn, noise, given
     )  # fmt: skip
     after = flat.tolist()
-    values = dict(zip(names, after[len(averages) :], strict=True))
+    values = dict(zip(names, after[len(averages) :], strict=False))
     for name, value in values.items():
         if name.endswith("grad_norm") and not math.isfinite(value):
             raise ValueError(f"the gradient is not finite, {name} is {value} at step {state.step} of the run")
-    moved = {name: optimizers.State(int(step), averages[name]) for name, step in zip(averages, after, strict=False)}
+    moved = {
+        name: optimizers.State(int(step), kept) for (name, kept), step in zip(averages.items(), after, strict=False)
+    }
+    action = None
+    if given is not None:
+        actions = state.replay.action
+        action = np.array(after[len(averages) + len(names) :], actions.dtype).reshape(-1, *actions.shape[1:])
     return state._replace(optimizer=moved, action=action), part, values
+
+
+class Places(NamedTuple):
+    """Where what changes with each gradient step is put: the same tensors at call after call, NumPy's memory."""
+
+    numbers: Tensor  # float64: how far the run is, the optimisers' steps
+    averages: dict[str, tuple[Tensor, ...]]  # the optimisers' own
+    drawn: Drawn
+    arrays: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, drawn: Drawn, optimizer: dict[str, optimizers.State]) -> "Places":
+        averages = {name: kept.memory for name, kept in optimizer.items()}
+        arrays = (
+            np.zeros(1 + len(optimizer)),
+            drawn.row.copy(),
+            *(() if drawn.weight is None else (drawn.weight.copy(),)),
+        )
+        first, row, *weight = map(torch.from_numpy, arrays)
+        return cls(first, averages, drawn._replace(row=row, weight=weight[0] if weight else None), arrays)
+
+    def put(self, drawn: Drawn, *numbers: float) -> None:
+        for array, value in zip(self.arrays, (numbers, drawn.row, drawn.weight), strict=False):
+            array[:] = value
 
 
 def _actor(nets: Any) -> Any:

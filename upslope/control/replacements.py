@@ -1,4 +1,4 @@
-"""Replaced in Inductor's graph, which is slow with them: tanh, biases of products, and products by MKL on AMD.
+"""Replaced in Inductor's graph, which is slow with them: tanh, biases, products by MKL on AMD, late writes.
 
 tanh is 2 σ(2x) - 1, to 2e-7 of it: Sleef's takes seven times as long as the exponential in σ. It is replaced after
 differentiation, so that its derivative is 1 - tanh² and needs nothing but the result.
@@ -9,6 +9,9 @@ every row beforehand, which takes as long as a small product.
 MKL keeps half of the vector width of an AMD processor with AVX-512 unused: 100 GFLOP/s of float32 where oneDNN reaches
 210. Inductor asks MKL for every product and oneDNN only for products with frozen weights, so large products are
 replaced in its graph. Small ones cost their call.
+
+What a program writes into its arguments is written at the graph's end. A θ that is used after its step, as where the
+program goes on to choose actions, would be written twice: it is written where it was computed.
 """
 
 import functools
@@ -25,7 +28,7 @@ _library = torch.library.Library("upslope", "DEF")
 
 
 class Replacements(CustomGraphPass):
-    """The pass over a graph: `tanh` and `addmm` of float32, and `mm`, `addmm` and `bmm` of large float32 matrices.
+    """The pass over a graph: `tanh` and `addmm` of float32, `mm`, `addmm` and `bmm` of large matrices, `copy_`.
 
     Args:
         products: shall they become `upslope::product`?
@@ -82,6 +85,8 @@ def _after(graph: fx.Graph, node: fx.Node, bias: Any, a: Any, b: Any) -> None:
 
 def _early(graph: fx.Graph, copy: fx.Node) -> None:
     """What is written into an argument is written where it was computed, and read from there by what comes later."""
+    argument: Any
+    value: Any
     argument, value = copy.args
     if argument.op != "placeholder" or not isinstance(value, fx.Node) or value.op == "placeholder":
         return
@@ -99,9 +104,8 @@ def _readers(node: fx.Node, copy: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for user in node.users:
         if user is not copy:
-            view = user.target in (operator.getitem, torch.ops.aten.reshape.default) or getattr(
-                user.target, "is_view", False
-            )
+            named = user.target in (operator.getitem, torch.ops.aten.reshape.default)
+            view = named or getattr(user.target, "is_view", False)
             found |= {user} | (_readers(user, copy) if view else set())
     return found
 

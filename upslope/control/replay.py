@@ -48,10 +48,10 @@ class Rows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Which transitions a gradient step learns from, and how far each goes."""
+    """Which transitions a gradient step learns from, and how far each goes; inside a program its arrays are tensors."""
 
-    row: Int64[Tensor, " B"]  # where it begins in the replay
-    weight: Tensor | None  # importance weights of prioritised sampling, at most 1; None: all 1
+    row: Int64[Any, " B"]  # where it begins in the replay
+    weight: Float[Any, " B"] | None  # importance weights of prioritised sampling, at most 1; None: all 1
     gamma: float  # discount per step
     n: int  # steps
 
@@ -138,6 +138,7 @@ class Replay:
         self.written = 0  # rows since the beginning; row r lies at r modulo the capacity
         self.transitions = 0  # since the beginning
         self.open = np.zeros(num_envs, dtype=np.int64)  # the row each environment stands at
+        self._first = np.arange(num_envs)
         row = sum(part[:1].nbytes for part in self._columns().values())
         self.segment = 2 ** min(max(int(math.log2(SEGMENT_BYTES / row)), 8), 16)  # rows of a segment of a checkpoint
         self.tree = SumTree(capacity) if prioritised else None
@@ -180,7 +181,7 @@ class Replay:
         `last` are the rows before them, -1 where an episode begins; None: everywhere.
         """
         parts = observation if isinstance(observation, dict) else {"": observation}
-        rows = np.arange(self.written, self.written + len(next(iter(parts.values()))))
+        rows = self._first[: len(next(iter(parts.values())))] + self.written
         slots = self._slots(self.written, len(rows))
         if self.stack > 1:
             parts = {name: part[:, -1] for name, part in parts.items()}

@@ -93,7 +93,7 @@ class Run:
         state: dict[str, Any] = self.restored.state if self.restored else {"seconds": 0.0, "offsets": {}}
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
-        self._untouched = False
+        self._untouched, self._alone = False, distributed.world_size() == 1
         self.compiled = False  # an algorithm that is says so
         self._resources = contextlib.ExitStack()
         self._saved_step = self.restored.step if self.restored else None
@@ -143,7 +143,8 @@ class Run:
         """Is it time for a checkpoint?"""
         if self.config.run_dir is None:
             return False
-        return distributed.agreed(time.monotonic() - self._saved_at >= self.config.checkpoint_seconds)
+        late = time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
+        return late if self._alone else distributed.agreed(late)
 
     def save(
         self,
