@@ -105,3 +105,42 @@ def test_tanh_and_its_derivative_are_float64s() -> None:
     for ours, exact, bound in zip(program(x), both(x.double()), bounds, strict=True):
         assert float((ours - exact).abs().max()) < bound
     assert left == [0]
+
+
+@pytest.mark.slow
+def test_what_is_written_early_or_in_its_place_is_read_as_it_was() -> None:
+    """An argument's old numbers where they are wanted, its new ones after; products that are also parts of vectors."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=random)  # noqa: E731
+
+    def step(theta: Tensor, memory: Tensor, target: Tensor, slow: Tensor, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        parts, new = slow.view(16, 32), slow + 1.0
+        moved, still = x @ new.view(16, 32), x @ parts  # the old numbers are read last
+        slow.copy_(new)
+        whole = theta[:512].view(16, 32)
+        before, old = x @ whole, theta.clone()
+        product = g.t() @ x
+        gradient = torch.cat([product.reshape(512), g.sum(0), (g.t() @ g).reshape(1024)])
+        again = torch.cat([product.reshape(512), (x.t() @ x).reshape(256)[16:]])  # the one twice, the other not whole
+        memory.lerp_(gradient, 0.5)
+        theta.add_(memory)
+        target.lerp_(theta, 0.25)
+        late = x @ old[:512].view(16, 32)
+        after = x @ whole + theta[512:544]
+        theta[:32].mul_(2.0)
+        return {
+            "moved": moved, "still": still, "before": before, "late": late, "after": after, "product": product * 1.0, "again": again,
+            "gradient": gradient.square().sum(), "last": theta[:512].view(16, 32).t() @ x.t(),
+        }  # fmt: skip
+
+    given = [draw(1568), draw(1568), draw(1568), draw(512), draw(8, 16), draw(8, 32)]
+    exact = [part.double() for part in given]
+    program = ahead.compiled(step, loops=False)
+    for _ in range(2):
+        ours, theirs = program(*given), step(*exact)
+        for key, value in theirs.items():
+            torch.testing.assert_close(
+                ours[key].double(), value, rtol=1e-4, atol=1e-4, msg=lambda text, k=key: f"{k}: {text}"
+            )
+        for mine, other in zip(given, exact, strict=True):
+            torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-4)

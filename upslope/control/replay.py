@@ -323,7 +323,8 @@ class Replay:
         self.written, self.transitions, self.segment = (int(count) for count in counts[:3])
         self.open = counts[3:].copy()
         self.highest = float(tensors["replay.highest"])
-        self._place(self._loose(), {name.removeprefix("replay."): part for name, part in tensors.items()})
+        ours = {name.removeprefix("replay."): part for name, part in tensors.items() if name.startswith("replay.")}
+        self._place(self._loose(), ours)
         for start, path in zip(range(*self._blocks(), self.segment), sorted(segments.values()), strict=True):
             self._place(np.arange(start, start + self.segment), checkpoint.read_segment(path))
         if self.tree is not None:
