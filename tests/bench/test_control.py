@@ -28,7 +28,7 @@ def test_ratios_are_of_pairs_and_stand_in_table_page_and_picture(
 
     monkeypatch.setattr(control, "Peer", Beside)
     shares = {"environment": 0.5, "other": 0.005}
-    monkeypatch.setattr(control, "train", lambda workload, vector, seed: Timed(next(ours), 2.0, shares))
+    monkeypatch.setattr(control, "train", lambda workload, vector, seed, profile: Timed(next(ours), 2.0, shares))
     (row,) = control.compare(tmp_path, Options(("W6",), repeats=3, peer="python"))
     assert row.ratios() == [4.0, 5.0, 3.0]
     page = (tmp_path / "control.md").read_text()

@@ -177,11 +177,13 @@ class Timed(NamedTuple):
     shares: dict[str, float]  # of the steady time
 
 
-def train(workload: Workload, vectorization: Any, seed: int) -> Timed:
-    """One run, written to a directory as every run is."""
+def train(workload: Workload, vectorization: Any, seed: int, profile: bool = True) -> Timed:
+    """One run, written to a directory as every run is; without a profile there are no shares, and no clocks to read."""
     config: Any = workload.config
     environment = replace(config.environment, vectorization=vectorization)
-    with tempfile.TemporaryDirectory() as directory, profiled() as spent:
+    clocks: contextlib.AbstractContextManager[dict[str, list[float]]]
+    clocks = profiled() if profile else contextlib.nullcontext({})
+    with tempfile.TemporaryDirectory() as directory, clocks as spent:
         compiles = not isinstance(config, trpo.TRPO)
         options = replace(
             config.run, seed=seed, run_dir=Path(directory) / "run", quiet=True, compile=True if compiles else None
@@ -192,9 +194,10 @@ def train(workload: Workload, vectorization: Any, seed: int) -> Timed:
     after = next(i for i, mark in enumerate(marks) if mark[1] >= 0.1 * workload.steps)
     whole = marks[-1][0] - marks[after][0]
     shares = {name: sum(times[len(times) * (after + 1) // len(marks) :]) / whole for name, times in spent.items()}
-    shares["environment"] = min(shares["environment"], 1.0)
-    shares["inference"] = max(0.0, shares.pop("collect") - shares["environment"])
-    shares["other"] = max(0.0, 1 - sum(shares.values()))
+    if profile:
+        shares["environment"] = min(shares["environment"], 1.0)
+        shares["inference"] = max(0.0, shares.pop("collect") - shares["environment"])
+        shares["other"] = max(0.0, 1 - sum(shares.values()))
     return Timed(steady(marks), marks[0][0], shares)
 
 
@@ -263,14 +266,14 @@ class Result(NamedTuple):
     rates: list[float]
     peer: list[float]  # none without a peer
     start: float  # seconds to the first iteration's end, the median
-    shares: dict[str, float]  # of the median run
+    shares: dict[str, float]  # of the first run, whose rate is left out
 
     def ratios(self) -> list[float]:
         return [ours / theirs for ours, theirs in zip(self.rates, self.peer, strict=False)]
 
 
 def measure(options: Options) -> list[Result]:
-    """Every workload, each repeat of Upslope beside one of the peer's; the first of each warms up and is left out."""
+    """Every workload, each repeat of Upslope beside one of the peer's; the first of each warms up and is profiled."""
     peer = Peer(options.peer) if options.peer else None
     torch.set_num_threads(1)
     results = []
@@ -282,14 +285,13 @@ def measure(options: Options) -> list[Result]:
                 if peer:
                     theirs.append(peer.rate(workload, repeat))
                 for vector in workload.vectors:
-                    timed[vector].append(train(workload, vector, repeat))
+                    timed[vector].append(train(workload, vector, repeat, profile=repeat == 0))
             for vector, runs_ in timed.items():
-                kept = runs_[1:]
-                middle = sorted(kept, key=lambda run: run.rate)[len(kept) // 2]
+                first, *kept = runs_
                 name = "tensor" if vector == "tensor" else "Gymnasium"
                 rates, start = [run.rate for run in kept], median(run.start for run in kept)
                 results.append(
-                    Result(workload.name, workload.what, name, rates, theirs[1:], start, middle.shares)
+                    Result(workload.name, workload.what, name, rates, theirs[1:], start, first.shares)
                 )  # fmt: skip
     finally:
         if peer:

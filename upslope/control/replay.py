@@ -150,6 +150,9 @@ class Replay:
 
     def append(self, action: np.ndarray, step: environments.Transition) -> None:
         """One step of every environment; reset rows of NEXT_STEP environments are no transitions."""
+        if self.num_envs == 1 and self.stack == 1 and self.tree is None and step.valid is None and not step.ended[0]:
+            self._append_one(action, step)
+            return
         begun, first = self.open, int(self.open[0])
         over = _NONE if step.valid is not None else step.ended.nonzero()[0]
         finals = self._write(_take(step.next_observation, over), begun[over]) if len(over) else over
@@ -172,6 +175,18 @@ class Replay:
             priority = np.zeros(self.written - first)
             priority[: self.num_envs][took] = self.highest
             self.tree.set(np.arange(first, self.written) % self.capacity, priority)
+
+    def _append_one(self, action: np.ndarray, step: environments.Transition) -> None:
+        """The same for one environment whose episode goes on: three assignments instead of a dozen operations."""
+        here, there = (self.written - 1) % self.capacity, self.written % self.capacity
+        parts = step.observation if isinstance(step.observation, dict) else {"": step.observation}
+        for name, part in parts.items():
+            self.observation[name][there] = part[0]
+        self.table[here] = action.reshape(self.action.shape[1:]), step.reward[0], step.terminated[0], 1
+        self.ahead[there] = 0
+        self.open = self._first + self.written
+        self.written += 1
+        self.transitions += 1
 
     def _write(
         self, observation: environments.Observation, last: Int64[np.ndarray, " k"] | None = None
