@@ -121,7 +121,9 @@ def test_what_is_written_early_or_in_its_place_is_read_as_it_was() -> None:
         before, old = x @ whole, theta.clone()
         product = g.t() @ x
         gradient = torch.cat([product.reshape(512), g.sum(0), (g.t() @ g).reshape(1024)])
-        again = torch.cat([product.reshape(512), (x.t() @ x).reshape(256)[16:]])  # the one twice, the other not whole
+        square = (x.t() @ x).reshape(256)
+        again = torch.cat([product.reshape(512), square[16:]])  # the one twice, the other not whole
+        begun = torch.cat([g.sum(0), (x.t() @ x).reshape(256)[:16], x.sum(0), (g[:, :16].t() @ x).reshape(256)[:16]])
         memory.lerp_(gradient, 0.5)
         theta.add_(memory)
         target.lerp_(theta, 0.25)
@@ -129,7 +131,8 @@ def test_what_is_written_early_or_in_its_place_is_read_as_it_was() -> None:
         after = x @ whole + theta[512:544]
         theta[:32].mul_(2.0)
         return {
-            "moved": moved, "still": still, "before": before, "late": late, "after": after, "product": product * 1.0, "again": again,
+            "moved": moved, "still": still, "before": before, "late": late, "after": after,
+            "product": product * 1.0, "again": again, "begun": begun,
             "gradient": gradient.square().sum(), "last": theta[:512].view(16, 32).t() @ x.t(),
         }  # fmt: skip
 

@@ -47,7 +47,7 @@ def behaviour(net: Net, envs: environments.Environments, config: Any) -> offpoli
     def draw(random: torch.Generator, count: int) -> list[Tensor]:
         return list(torch.randn(count, n, head.size, generator=random))  # type: ignore[arg-type]
 
-    steps = Blocks(draw, config.run.seed, "behaviour")
+    steps = Blocks(draw, n * head.size, config.run.seed, "behaviour")  # type: ignore[operator, arg-type]
 
     def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:
         place, wandering, step = state.iteration * config.train_interval + t, state.others.get("noise"), config.noise

@@ -65,7 +65,7 @@ def compiled(
         ValueError: tensors of other shapes, types or strides than at first.
         TypeError: an argument or a result of another kind.
     """
-    made: list[tuple[Program, Callable[[list[Tensor]], Any], list[Any]]] = []
+    made: list[tuple[Program, Callable[[list[Tensor]], Any] | None, list[Any]]] = []
     firm: list[Any] = []
     known: list[Tensor] = []  # theirs
 
@@ -77,8 +77,9 @@ def compiled(
         _flatten(inputs[steady:], leaves)
         if not made:
             new_one = _load_or_make(function, inputs, leaves, loops, kept)
-            made.append((new_one, operator.itemgetter(*new_one.takes, 0), [_kind(leaf) for leaf in leaves]))
-        (run, _, gives, held), taken, kinds = made[0]
+            together = operator.itemgetter(*new_one.takes) if len(new_one.takes) > 1 else None
+            made.append((new_one, together, [_kind(leaf) for leaf in leaves]))
+        (run, takes, gives, held), several, kinds = made[0]
         first = 0 if new else theirs
         if [_kind(leaf) for leaf in leaves[first:]] != kinds[first:]:
             called = [_kind(leaf) for leaf in leaves]
@@ -86,7 +87,7 @@ def compiled(
         if new:  # only now that they fit
             firm[:], known[:] = inputs[:steady], leaves[:theirs]
         leaves += held
-        outs = run(list(taken(leaves)[:-1]))
+        outs = run([leaves[place] for place in takes] if several is None else list(several(leaves)))
         return outs[gives] if isinstance(gives, int) else _built(gives, outs, leaves)
 
     return program

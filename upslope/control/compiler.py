@@ -1,6 +1,7 @@
 """Inductor with less to do: object files side by side, fewer dry runs, a gradient's parts computed in the gradient."""
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -72,7 +73,8 @@ def _within(part: Any, whole: Any) -> Any:
     own: Any = product.layout
     storage, there = ir.as_storage_and_layout(whole)
     fits = isinstance(own, ir.FixedLayout | ir.FlexibleLayout) and own.is_contiguous() and own.dtype == there.dtype
-    if not fits or len(there.size) != 1 or there.stride != [1] or not view.layout.is_contiguous() or view.layout.offset:
+    whole_product = math.prod(view.layout.size) == math.prod(own.size) == there.size[0] and not view.layout.offset
+    if not fits or len(there.size) != 1 or there.stride != [1] or not view.layout.is_contiguous() or not whole_product:
         return None
     place = ir.FixedLayout(own.device, own.dtype, own.size, own.stride, there.offset)
     product.layout = ir.NonOwningLayout(ir.ReinterpretView(data=storage, layout=place))

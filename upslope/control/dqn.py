@@ -159,7 +159,7 @@ def behaviour(net: Net, envs: environments.Environments, config: DQN) -> offpoli
         )  # fmt: skip
         return list(zip(uniform.unbind(), any_action.unbind(), noises(net, random, count), strict=True))
 
-    steps = Blocks(draw, config.run.seed, "behaviour")
+    steps = Blocks(draw, net.module.noise_size, config.run.seed, "behaviour")  # type: ignore[arg-type]
 
     def given(state: State, observation: Observation, t: int) -> tuple[Any, ...]:
         uniform, any_action, weights = steps.at(state.iteration * config.train_interval + t)
@@ -193,7 +193,8 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         acts = behaviour(net, state.world.envs, config)
         step, choose = offpolicy_program.of(learn, act, acts, net, config, session)
         three = lambda random, count: [noises(net, random, 3) for _ in range(count)]  # noqa: E731
-        chance = offpolicy.chances(config, three, config.priority_exponent > 0)
+        size = 3 * int(net.module.noise_size)  # type: ignore[arg-type]
+        chance = offpolicy.chances(config, three, size, config.priority_exponent > 0)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             state = offpolicy.collect(choose, state, config, config.train_interval)

@@ -101,7 +101,8 @@ def start(
         optimizer = {name: optimizers.unpack(_beneath(f"optimizers.{name}.", saved)) for name in sorted(named)}
         others, theta = _beneath("others.", saved), net.bind(saved["theta"])
         iteration, step, updates = (int(saved[name]) for name in ("iteration", "step", "updates"))
-        known = "action" in saved and world.envs.kind != "pool"  # whose episodes begin anew
+        # A pool's episodes begin anew. Of other environments that cannot be restored exactly the action is kept.
+        known = "action" in saved and world.envs.kind != "pool"
         action = saved["action"].numpy() if known else None
         return State(theta, _sorted(others), optimizer, world, memory, iteration, step, updates, action), net
     memory.begin(world.observation)
@@ -134,6 +135,7 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> State:
             action = choose(state, sight(world, raw, config), t).detach().numpy()
         else:
             action = state.action
+        before = to_tensors(raw) if normalize.observation else None  # an environment may use its memory again
         step = world.envs.step(action)
         returns += step.reward
         lengths += 1 if step.valid is None else step.valid
@@ -145,8 +147,8 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> State:
         if normalize.reward_sign:
             step = step._replace(reward=np.sign(step.reward))
         state.replay.append(action, step)
-        if normalize.observation:
-            seen.append((to_tensors(raw), step.valid))
+        if before is not None:
+            seen.append((before, step.valid))
         raw = step.observation
     statistics = world.normalizer
     for observation, valid in seen:
@@ -174,13 +176,17 @@ def random_actions(space: spaces.Space, num_envs: int, generator: torch.Generato
 
 
 def chances(
-    config: Config, noise: Callable[[torch.Generator, int], Sequence[Any]] | None = None, prioritised: bool = False
+    config: Config,
+    noise: Callable[[torch.Generator, int], Sequence[Any]] | None = None,
+    each: int = 0,
+    prioritised: bool = False,
 ) -> Blocks[tuple[np.ndarray, Any]]:
     """Of each gradient step: where in the replay its batch is drawn from, as far as chance says it, and its noise.
 
     Args:
         config: the algorithm's settings.
         noise: (generator, count) -> the noise of that many gradient steps; None: they have none.
+        each: numbers that the noise of one is made of.
         prioritised: the replay keeps priorities.
     """
     size = config.batch_size
@@ -193,7 +199,7 @@ def chances(
             places = torch.randint(2**62, (count, size + spare), generator=random)
         return list(zip(places.numpy(), [None] * count if noise is None else noise(random, count), strict=True))
 
-    return Blocks(draw, config.run.seed, "replay")
+    return Blocks(draw, size + spare + each, config.run.seed, "replay")
 
 
 def draw(state: State, config: Config, places: np.ndarray, n: int = 1, beta: float | None = None) -> replay.Drawn:

@@ -54,8 +54,8 @@ def of(
     eager = torch.no_grad()(functools.partial(act, _actor(nets)))
     if not compilation.decide(session, config, saves, None):
         return plain(learn), offpolicy.choosing(eager, behaviour)
-    if interval == config.environment.num_envs and each * interval == 1:
-        # before the first gradient step the network acts as it stands
+    if config.train_interval == 1 and (config.gradient_steps or interval) == 1:
+        # where no gradient step was before, the network acts as it stands
         return compiled(learn, nets, config, act, behaviour), offpolicy.choosing(eager, behaviour)
     return compiled(learn, nets, config), offpolicy.choosing(acting(act, nets), behaviour)
 
@@ -177,6 +177,11 @@ class Places(NamedTuple):
         return cls(first, averages, drawn._replace(row=row, weight=weight[0] if weight else None), arrays)
 
     def put(self, drawn: Drawn, *numbers: float) -> None:
+        if len(drawn.row) != len(self.arrays[1]):
+            raise ValueError(
+                f"a program was made for batches of {len(self.arrays[1])} transitions, this one has {len(drawn.row)}: "
+                "without a replay the rows of compiled runs must not vary, as reset rows make them do"
+            )
         for array, value in zip(self.arrays, (numbers, drawn.row, drawn.weight), strict=False):
             array[:] = value
 

@@ -24,6 +24,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 SMALLEST = 64 * 256 * 256  # rows × inner × columns of a product that oneDNN makes faster, its call included
 MANY = 4  # products of one bmm that are called one by one
+ALIASES = (  # views, some of which are not said to be any
+    operator.getitem, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default,
+    torch.ops.prims.convert_element_type.default,
+)  # fmt: skip
 _library = torch.library.Library("upslope", "DEF")
 
 
@@ -87,8 +91,11 @@ def _early(graph: fx.Graph, copy: fx.Node) -> None:
     """What is written into an argument is written where it was computed, and read from there by what comes later."""
     argument: Any
     value: Any
-    argument, value = copy.args
+    argument, value, *_ = copy.args
     if argument.op != "placeholder" or not isinstance(value, fx.Node) or value.op == "placeholder":
+        return
+    here, there = value.meta["val"], argument.meta["val"]
+    if (here.dtype, here.shape, here.stride()) != (there.dtype, there.shape, there.stride()):
         return
     place = {node: i for i, node in enumerate(graph.nodes)}
     after = max(_readers(argument, copy) | {value}, key=place.__getitem__)
@@ -104,8 +111,7 @@ def _readers(node: fx.Node, copy: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for user in node.users:
         if user is not copy:
-            named = user.target in (operator.getitem, torch.ops.aten.reshape.default)
-            view = named or getattr(user.target, "is_view", False)
+            view = user.target in ALIASES or getattr(user.target, "is_view", False)
             found |= {user} | (_readers(user, copy) if view else set())
     return found
 

@@ -184,11 +184,12 @@ def act(net: Net, theta: Float[Tensor, " d"], observation: Observation, noise: T
 def behaviour(net: Net, envs: environments.Environments, config: SAC) -> offpolicy.Behaviour:
     """π's own actions; before `learning_starts` uniform ones. The noise is the step's own, gSDE's the iteration's."""
     n, head = envs.num_envs, net.module.policy.head  # type: ignore[union-attr]
+    shape: tuple[int, ...] = (n, *head.noise_shape)  # type: ignore[union-attr]
 
     def draw(random: torch.Generator, count: int) -> list[Tensor]:
-        return list(torch.randn(count, n, *head.noise_shape, generator=random))  # type: ignore[union-attr]
+        return list(torch.randn(count, *shape, generator=random))
 
-    steps = Blocks(draw, config.run.seed, "behaviour")
+    steps = Blocks(draw, math.prod(shape), config.run.seed, "behaviour")
 
     def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:
         place = state.iteration * config.train_interval + t
@@ -243,7 +244,8 @@ def train(config: SAC, session: Run | None = None, theta: Float[Tensor, " d"] | 
         acts = behaviour(nets.actor, state.world.envs, config)
         step, choose = offpolicy_program.of(learn, act, acts, nets, config, session)
         shape = (2, config.batch_size, *state.replay.action.shape[1:])
-        chance = offpolicy.chances(config, lambda random, count: torch.randn(count, *shape, generator=random).unbind())
+        normal = lambda random, count: torch.randn(count, *shape, generator=random).unbind()  # noqa: E731
+        chance = offpolicy.chances(config, normal, math.prod(shape))
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             state = offpolicy.collect(choose, state, config, config.train_interval)

@@ -130,7 +130,8 @@ def behaviour(envs: environments.Environments, config: SoftQ) -> offpolicy.Behav
     """π's own actions; before `learning_starts` uniform ones. The noise is the step's own."""
     n, actions = envs.num_envs, int(envs.action_space.n)  # type: ignore[attr-defined]
     steps = Blocks(
-        lambda random, count: distributions.gumbel((count, n, actions), random).unbind(), config.run.seed, "behaviour"
+        lambda random, count: distributions.gumbel((count, n, actions), random).unbind(), n * actions,
+        config.run.seed, "behaviour",
     )  # fmt: skip
 
     def given(state: State, observation: Observation, t: int) -> Tensor | tuple[Any, ...]:

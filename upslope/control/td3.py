@@ -167,7 +167,8 @@ def train(config: TD3, session: Run | None = None, theta: Float[Tensor, " d"] | 
         acts = action_noise.behaviour(nets.actor, state.world.envs, config)
         step, choose = offpolicy_program.of(learn, action_noise.act, acts, nets, config, session)
         shape = (config.batch_size, *state.replay.action.shape[1:])
-        chance = offpolicy.chances(config, lambda random, count: torch.randn(count, *shape, generator=random).unbind())
+        normal = lambda random, count: torch.randn(count, *shape, generator=random).unbind()  # noqa: E731
+        chance = offpolicy.chances(config, normal, math.prod(shape))
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             state = offpolicy.collect(choose, state, config, config.train_interval)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 BLOCK = 64  # positions drawn at once
+NUMBERS = 2**20  # at most drawn at once, unless one position takes more
 T = TypeVar("T")
 
 
@@ -35,27 +36,33 @@ def generator(seed: int, *path: int | str, device: str = "cpu") -> torch.Generat
 
 
 class Blocks(Generic[T]):
-    """What a stream gives at each position, drawn for 64 positions at once and kept until another block is asked for.
+    """What a stream gives at each position, drawn for up to 64 positions at once and kept until others are asked for.
 
     A generator costs as much as a small network's answer; what is drawn is a function of (seed, path, position) still.
 
     Args:
         draw: (generator, count) -> what is drawn for that many positions, in turn.
+        each: numbers that a position takes; where these are many, fewer positions are drawn at once.
         seed: the run's.
         path: the stream's.
 
-    >>> numbers = Blocks(lambda random, count: torch.rand(count, generator=random), 1, "noise")
+    >>> numbers = Blocks(lambda random, count: torch.rand(count, generator=random), 1, 1, "noise")
     >>> [bool(numbers.at(position) == numbers.at(70)) for position in (70, 6, 71)]
     [True, False, False]
     """
 
-    def __init__(self, draw: Callable[[torch.Generator, int], Sequence[T]], seed: int, *path: int | str) -> None:
+    def __init__(
+        self, draw: Callable[[torch.Generator, int], Sequence[T]], each: int, seed: int, *path: int | str
+    ) -> None:
         self._draw, self._seed, self._path = draw, seed, path
-        self._block, self._drawn = -1, ()  # type: tuple[int, Sequence[Any]]
+        self._length = max(1, min(BLOCK, NUMBERS // max(1, each)))
+        self._block = -1
+        self._drawn: Sequence[T] = ()
 
     def at(self, position: int) -> T:
-        block, place = divmod(position, BLOCK)
+        block, place = divmod(position, self._length)
         if block != self._block:
-            self._drawn = self._draw(generator(self._seed, *self._path, block), BLOCK)
+            self._block, self._drawn = -1, ()  # two blocks may be more than there is memory for
+            self._drawn = self._draw(generator(self._seed, *self._path, block), self._length)
             self._block = block
         return self._drawn[place]
