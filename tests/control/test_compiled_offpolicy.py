@@ -83,7 +83,8 @@ def trained(module: Any, config: Any, compile: bool, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_compiled_and_eager_runs_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_and_eager_runs_agree(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a compiled run is resumed to the bit."""
     module, config = CONFIGS[name]
     eager, compiled = (trained(module, config, compile, monkeypatch) for compile in (False, True))
     assert ("action" in compiled) == (config.train_interval == 1)
@@ -93,27 +94,34 @@ def test_compiled_and_eager_runs_agree(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(compiled[key], eager[key], rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
     start = trained(module, replace(config, total_steps=20), False, monkeypatch)
     assert not torch.allclose(start["theta"], eager["theta"], atol=1e-3)  # there was something to agree on
+    is_resumed_to_the_bit(module, config, monkeypatch, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["td3", "ddpg", "dqn, a step at a time"])
-def test_a_compiled_run_is_resumed_to_the_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the programs of the run that was not cut, which are found and not made again."""
-    module, config = CONFIGS[name]
-    algorithm = module.__name__.rpartition(".")[-1]
+def is_resumed_to_the_bit(module: Any, config: Any, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """By the programs that there are already, which are found and not made again."""
+    algorithm = {soft_q: "soft-q"}.get(module, module.__name__.rpartition(".")[-1])
 
-    def run(name: str, steps: int) -> Any:
-        where = runs.Config(run_dir=tmp_path / name, quiet=True, compile=True)
-        return replace(config, total_steps=steps, run=where)
+    def run(name: str) -> Any:
+        return replace(config, total_steps=80, run=runs.Config(run_dir=directory / name, quiet=True, compile=True))
 
-    module.train(run("whole", 80))
+    def report(session: Run, state: State, net: Any, *given: Any) -> None:
+        if state.step >= 50:
+            offpolicy._save(session, state, net)
+            raise InterruptedError
+
     monkeypatch.setattr(ahead, "_make", None)
-    module.train(run("cut", 50))
-    again = run("cut", 80)
-    module.train(again, Run.resume(tmp_path / "cut", algorithm, again, 80))
-    ends = [checkpoint.newest(tmp_path / name / "checkpoints") for name in ("whole", "cut")]
+    module.train(run("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(offpolicy, "report", report)
+        with pytest.raises(InterruptedError):
+            module.train(run("cut"))
+    module.train(run("cut"), Run.resume(directory / "cut", algorithm, run("cut"), 80))
+    ends = [checkpoint.newest(directory / name / "checkpoints") for name in ("whole", "cut")]
     assert ends[0] is not None
     assert ends[1] is not None
-    assert all(torch.equal(part, ends[1].tensors[key]) for key, part in ends[0].tensors.items())
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    for key, part in ends[0].tensors.items():
+        assert torch.equal(part, ends[1].tensors[key]), key
 
 
 def test_a_gradient_that_is_not_finite_stops_a_compiled_run() -> None:

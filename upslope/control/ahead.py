@@ -45,7 +45,11 @@ class Program(NamedTuple):
 
 
 def compiled(
-    function: Callable[..., Any], loops: bool = True, kept: Callable[[], None] | None = None, steady: int = 0
+    function: Callable[..., Any],
+    loops: bool = True,
+    kept: Callable[[], None] | None = None,
+    steady: int = 0,
+    often: bool = True,
 ) -> Callable[..., Any]:
     """The function as one program, made or loaded at its first call; a part that cannot be in it is an error.
 
@@ -60,6 +64,7 @@ def compiled(
         kept: called once there is a program that later processes will find.
         steady: so many of the first arguments are the same objects at call after call, with the same tensors in them:
             they are looked at again only where one is another object.
+        often: it is called so often, or loops so long, that compiling it for seconds more pays.
 
     Raises, when called:
         ValueError: tensors of other shapes, types or strides than at first.
@@ -76,7 +81,7 @@ def compiled(
         theirs = len(leaves)
         _flatten(inputs[steady:], leaves)
         if not made:
-            new_one = _load_or_make(function, inputs, leaves, loops, kept)
+            new_one = _load_or_make(function, inputs, leaves, loops, kept, often)
             together = operator.itemgetter(*new_one.takes) if len(new_one.takes) > 1 else None
             made.append((new_one, together, [_kind(leaf) for leaf in leaves]))
         (run, takes, gives, held), several, kinds = made[0]
@@ -115,16 +120,17 @@ def _flatten(value: Any, leaves: list[Tensor]) -> None:
 
 
 def _load_or_make(
-    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, kept: Callable[[], None] | None
-) -> Program:
+    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, kept: Callable[[], None] | None,
+    often: bool,
+) -> Program:  # fmt: skip
     if len({id(leaf) for leaf in leaves}) < len(leaves):
         raise ValueError("one tensor in two places: which is it later?")
-    key = fingerprints.key(function, inputs, loops, compilation.onednn_pays())
+    key = fingerprints.key(function, inputs, loops, often, compilation.onednn_pays())
     folder = compilation.cache() / "upslope" / "programs"
     place = None if key is None else folder / key
     program = None if place is None or not place.exists() else _load_kept(place)
     if program is None:
-        program, place = _make_in(folder, place, function, inputs, leaves, loops)
+        program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
     if place is not None and kept is not None:
         kept()
     return program
@@ -141,7 +147,13 @@ def _load_kept(place: Path) -> Program | None:
 
 
 def _make_in(
-    folder: Path, place: Path | None, function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool
+    folder: Path,
+    place: Path | None,
+    function: Callable[..., Any],
+    inputs: Any,
+    leaves: list[Tensor],
+    loops: bool,
+    often: bool,
 ) -> tuple[Program, Path | None]:
     """A new program, and where it is kept, if it is."""
     try:
@@ -156,7 +168,8 @@ def _make_in(
     with temporary:
         made = Path(temporary.name) / "made"
         made.mkdir()
-        program = _make(function, inputs, leaves, loops, made, place is not None)  # a library that is loaded may go
+        # a library that is loaded may go
+        program = _make(function, inputs, leaves, loops, often, made, place is not None)
         if place is not None:
             try:
                 os.rename(made, place)
@@ -178,7 +191,7 @@ def _runner(folder: Path) -> Callable[[list[Tensor]], list[Tensor]]:
 
 
 def _make(
-    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, folder: Path, keep: bool
+    function: Callable[..., Any], inputs: Any, leaves: list[Tensor], loops: bool, often: bool, folder: Path, keep: bool
 ) -> Program:
     """Trace and compile into a folder."""
     from torch._inductor.compile_fx import compile_fx_aot
@@ -203,7 +216,7 @@ def _make(
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own code
         options = {"inplace_buffers": not loops, "aot_inductor.output_path": str(Path(sources) / LIBRARY)}
         with compiler.hurried():
-            library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options(loops) | options)
+            library: Any = compile_fx_aot(graph, fakes, config_patches=compilation.options(often) | options)
         os.rename(library, folder / LIBRARY)
         for file in Path(sources).glob("*.wrapper.json"):
             os.rename(file, folder / FALLBACKS)

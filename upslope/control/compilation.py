@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 COLD, WARM = 25.0, 0.5  # seconds to the first call on one core, without and with a filled cache
 
 
-def options(loops: bool) -> dict[str, Any]:
+def options(often: bool) -> dict[str, Any]:
     """What a program is compiled with. Half of the time is the C++ compiler's, much of it for nothing by default."""
     from upslope.control.replacements import Replacements  # Inductor with it, a second
 
     return {
         "post_grad_custom_post_pass": Replacements(onednn_pays()),
-        # What calls the kernels: of a loop's body each instruction counts, else there is one pass a call.
-        "aot_inductor.compile_wrapper_opt_level": "O1" if loops else "O0",
+        # What calls the kernels: seconds of compilation, and a twentieth of a step of DQN.
+        "aot_inductor.compile_wrapper_opt_level": "O1" if often else "O0",
         "aot_inductor.precompile_headers": False,  # 16 s, of which a program saves less than 3
         "aot_inductor.enable_line_tables": False,  # for profilers
         "cpp.vec_isa_ok": True,  # a compiler that PyTorch's headers do with knows AVX: not tried on a program each

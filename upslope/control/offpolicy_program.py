@@ -124,7 +124,7 @@ def acting(act: Act, nets: Any) -> Act:
     def choice(*inputs: Any) -> Tensor:
         return act(pure, *inputs)
 
-    return ahead.compiled(choice, loops=False, steady=1)
+    return ahead.compiled(choice, loops=False, steady=1, often=False)
 
 
 def _given(behaviour: Behaviour, state: State, config: Config) -> tuple[Any, ...] | None:

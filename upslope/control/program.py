@@ -136,7 +136,7 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
         world: Any = Collected(data)
         return iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings)
 
-    act = compiled(choice, loops=False)
+    act = compiled(choice, loops=False, often=False)
     program = compiled(iteration, kept=lambda: compilation.remember(config))
 
     def run(state: State) -> Iteration:

@@ -9,6 +9,7 @@ maximised   - ½ Σ_i (Q_i - target)²; every `policy_delay`-th time the surroga
 target is r + γ min(Q̄1, Q̄2)(s', a'), a' = π̄(s') + clipped noise, algorithm 1; r where the transition terminated.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
