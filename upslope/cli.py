@@ -25,7 +25,7 @@ ALGORITHMS = {  # name -> where its train() and its configuration are
     "acktr": ("upslope.control.acktr", "ACKTR"),
     "ppo": ("upslope.control.fast_ppo", "PPO"),
     "group-ppo": ("upslope.control.group_ppo", "GroupPPO"),
-    "dqn": ("upslope.control.dqn", "DQN"),
+    "dqn": ("upslope.control.fast_dqn", "DQN"),
     "soft-q": ("upslope.control.soft_q", "SoftQ"),
     "ddpg": ("upslope.control.ddpg", "DDPG"),
     "td3": ("upslope.control.td3", "TD3"),

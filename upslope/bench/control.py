@@ -24,6 +24,7 @@ from upslope.control import (
     actors,
     dqn,
     environments,
+    fast_dqn,
     fast_ppo,
     learner,
     offpolicy,
@@ -85,7 +86,8 @@ WORKLOADS = (
     Workload(
         "W4", "DQN, 256×256, batch 64, one update per step", W4, 4_000,
         {"n_envs": 1, "batch_size": 64, "train_freq": 1, "gradient_steps": 1, "learning_starts": 100,
-         "buffer_size": 100_000, "target_update_interval": 500, "policy_kwargs": {"net_arch": [256, 256]}}, ("sync",),
+         "buffer_size": 100_000, "target_update_interval": 500, "policy_kwargs": {"net_arch": [256, 256]}},
+        ("sync", "tensor"),
     ),
     Workload("W5", "SAC on Pendulum-v1, 256×256, batch 256, one update per step", W5, 1_500, {"n_envs": 1}, ("sync",)),
     Workload("W5-sbx", "as W5, beside sbx", W5, 1_500, {"n_envs": 1}, ("sync",), "sbx"),
@@ -165,7 +167,7 @@ def steady(marks: Sequence[tuple[float, int]]) -> float:
 
 
 TRAIN: dict[type, Callable[..., Any]] = {
-    ppo.PPO: fast_ppo.train, trpo.TRPO: trpo.train, dqn.DQN: dqn.train, sac.SAC: sac.train,
+    ppo.PPO: fast_ppo.train, trpo.TRPO: trpo.train, dqn.DQN: fast_dqn.train, sac.SAC: sac.train,
 }  # fmt: skip
 
 
@@ -207,6 +209,8 @@ TIMED: tuple[tuple[Any, str, str], ...] = (  # where a name is looked up when it
     (offpolicy, "collect", "collect"),
     (offpolicy, "draw", "replay"),
     (offpolicy_program, "_moved", "program"),
+    (fast_dqn, "take", "program"),
+    (fast_dqn, "foresee", "noise"),
     (tensor_rollout, "draw", "noise"),
     (program, "_moved", "program"),
     (trpo, "update", "update"),

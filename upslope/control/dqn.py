@@ -175,6 +175,31 @@ def noises(net: Net, random: torch.Generator, count: int) -> list[Tensor | None]
     return list(torch.randn(count, size, generator=random)) if size else [None] * count  # type: ignore[call-overload]
 
 
+def begin(config: DQN, session: Run, theta: Float[Tensor, " d"] | None) -> tuple[State, Net]:
+    """The state a run begins or goes on with, and the network."""
+    first = lambda theta: (  # noqa: E731
+        {"target": theta.clone()} if config.target_interval else {}, {"theta": config.optimizer.start(theta)}
+    )  # fmt: skip
+    state, net = offpolicy.start(config, session, first, theta, config.priority_exponent > 0)
+    for frozen in state.others.values():
+        net.freeze(frozen)
+    return state, net
+
+
+def chances(net: Net, config: DQN) -> Blocks[tuple[np.ndarray, Any]]:
+    """Of each gradient step: where its batch is drawn from, and the noise of three networks."""
+    three = lambda random, count: [noises(net, random, 3) for _ in range(count)]  # noqa: E731
+    size = 3 * int(net.module.noise_size)  # type: ignore[arg-type]
+    return offpolicy.chances(config, three, size, config.priority_exponent > 0)
+
+
+def refresh(state: State, config: DQN) -> None:
+    """The target network moves to θ, or a share of the way, where an interval has passed in this iteration."""
+    if config.target_interval and offpolicy.passed(config.target_interval, state.step, state.world.steps):
+        target = state.others["target"]
+        target.copy_(values.polyak(target, state.theta, config.target_tau))
+
+
 def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | None = None) -> Agent:
     """Train and return the agent.
 
@@ -184,17 +209,10 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         theta: parameters that a new run starts from; by default the network's own initialisation.
     """
     with session or Run("dqn", config, config.total_steps) as session:
-        begin = lambda theta: (  # noqa: E731
-            {"target": theta.clone()} if config.target_interval else {}, {"theta": config.optimizer.start(theta)}
-        )  # fmt: skip
-        state, net = offpolicy.start(config, session, begin, theta, config.priority_exponent > 0)
-        for frozen in state.others.values():
-            net.freeze(frozen)
+        state, net = begin(config, session, theta)
         acts = behaviour(net, state.world.envs, config)
         step, choose = offpolicy_program.of(learn, act, acts, net, config, session)
-        three = lambda random, count: [noises(net, random, 3) for _ in range(count)]  # noqa: E731
-        size = 3 * int(net.module.noise_size)  # type: ignore[arg-type]
-        chance = offpolicy.chances(config, three, size, config.priority_exponent > 0)
+        chance = chances(net, config)
         while state.step < config.total_steps:
             # 1. collect: steps of every environment into the replay
             state = offpolicy.collect(choose, state, config, config.train_interval)
@@ -212,9 +230,7 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
                         drawn.row, part.td_error.numpy(), config.priority_exponent, config.priority_epsilon
                     )
 
-            if config.target_interval and offpolicy.passed(config.target_interval, state.step, state.world.steps):
-                target = state.others["target"]
-                target.copy_(values.polyak(target, state.theta, config.target_tau))
+            refresh(state, config)
             state = offpolicy.advance(state, count)
             offpolicy.report(session, state, net, config, part, numbers)
         return offpolicy.finish(session, state, net, config)

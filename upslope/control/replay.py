@@ -98,6 +98,13 @@ def _seen(rows: Rows, row: Int64[Tensor, " B"]) -> Observation:
     return parts.get("", parts)
 
 
+class Ring(NamedTuple):
+    """Where a program stands in the replay's memory, which it writes itself."""
+
+    open: Int64[Tensor, " N"]  # the row each environment stands at
+    written: Int64[Tensor, ""]  # rows since the beginning
+
+
 class Replay:
     """The last transitions of N environments.
 
@@ -175,6 +182,15 @@ class Replay:
             priority = np.zeros(self.written - first)
             priority[: self.num_envs][took] = self.highest
             self.tree.set(np.arange(first, self.written) % self.capacity, priority)
+
+    def ring(self) -> Ring:
+        """For a program that writes into this memory; what it has written is told to `advance`."""
+        return Ring(torch.from_numpy(self.open.copy()), torch.tensor(self.written))
+
+    def advance(self, ring: Ring, transitions: int) -> None:
+        """Take note of transitions that were written inside a program."""
+        self.open, self.written = ring.open.numpy().copy(), int(ring.written)
+        self.transitions += transitions
 
     def _append_one(self, action: np.ndarray, step: environments.Transition) -> None:
         """The same for one environment whose episode goes on: three assignments instead of a dozen operations."""

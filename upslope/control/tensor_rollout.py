@@ -106,7 +106,7 @@ def play(
 
 def draw(net: Net, world: World, length: int, generator: torch.Generator) -> Noise:
     """The noise of T steps: the policy's from this iteration's generator, the environments' from their own stream."""
-    envs = _vector(world)
+    envs = vector(world)
     head: Any = net.module.policy.head  # type: ignore[union-attr]
     if head.state_dependent:  # gSDE: a matrix lasts for several steps
         at = rollout.noise(net, envs.num_envs, length, generator)
@@ -120,12 +120,12 @@ def draw(net: Net, world: World, length: int, generator: torch.Generator) -> Noi
 
 def begun(world: World) -> Playing:
     """Where the world stands."""
-    return Playing(_vector(world).state, torch.from_numpy(world.episode_return))
+    return Playing(vector(world).state, torch.from_numpy(world.episode_return))
 
 
 def advance(world: World, after: Playing, log: Log) -> World:
     """The world after a rollout, its accounts and observation statistics brought up to date."""
-    envs, over = _vector(world), log.ended.T
+    envs, over = vector(world), log.ended.T
     finished = torch.stack((log.episode_return.T[over], log.episode_length.T[over].double()), -1)  # as they ended
     envs.state = after.state
     length = after.state.time.numpy()
@@ -145,7 +145,7 @@ def collect(
     net: Net, theta: Float[Tensor, " d"], world: World, noise: Noise, normalize: normalization.Config, gamma: float
 ) -> tuple[Rollout, World]:
     """As `rollout.collect`: T steps, and the world after them."""
-    envs, statistics = _vector(world), world.normalizer
+    envs, statistics = vector(world), world.normalizer
     data, after, log = play(
         net, theta, envs.environment, begun(world), noise, world.envs.action_space, statistics, normalize
     )  # fmt: skip
@@ -171,9 +171,10 @@ def _bounded(space: spaces.Space, action: Tensor) -> Tensor:
 
 def environment(world: World) -> TensorEnvironment:
     """What is played."""
-    return _vector(world).environment
+    return vector(world).environment
 
 
-def _vector(world: World) -> TensorVector:
+def vector(world: World) -> TensorVector:
+    """What is stepped."""
     assert isinstance(world.envs.envs, TensorVector)
     return world.envs.envs
