@@ -11,6 +11,7 @@ import torch
 
 from upslope.control import (
     ahead,
+    compilation,
     dqn,
     environments,
     fast_dqn,
@@ -32,6 +33,7 @@ CONFIG = dqn.DQN(
     target_interval=30, target_tau=0.7, epsilon_fraction=0.8, anneal_learning_rate=True,
 )  # fmt: skip
 CART = replace(CONFIG, environment=environments.Config("CartPole-v1", 2, "tensor"))
+WALK = replace(CONFIG, environment=environments.Config("tests.control.own_tensors:Walk-v0", 2, "tensor"))
 
 
 @pytest.fixture
@@ -58,26 +60,66 @@ def ended(module: Any, config: dqn.DQN, session: Run | None = None) -> tuple[dic
     return offpolicy.pack(ends[0]), ends[0]
 
 
-def agrees_with_dqn(tmp_path: Path) -> None:
-    """No episode of MountainCar ends within 130 steps, so both use the same numbers."""
-    plain = replace(CONFIG, run=replace(OPTIONS, compile=False, run_dir=tmp_path / "plain"))
-    expected, _ = ended(dqn, plain)
-    found, state = ended(fast_dqn, replace(CONFIG, run=replace(OPTIONS, run_dir=tmp_path / "fast")))
+def agrees_with_dqn(config: dqn.DQN, tmp_path: Path) -> None:
+    """The same chance, whoever steps the environments: the same run."""
+    expected, _ = ended(dqn, replace(config, run=replace(OPTIONS, compile=False, run_dir=tmp_path / "plain")))
+    found, state = ended(fast_dqn, replace(config, run=replace(OPTIONS, run_dir=tmp_path / "fast")))
     assert (state.updates, state.iteration) == (110, 130)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name != "world.0.environments.tensor.draws":  # here of a stretch at once
-            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.usefixtures("as_it_stands")
-def test_it_takes_the_steps_of_dqn(tmp_path: Path) -> None:
-    agrees_with_dqn(tmp_path)
+@pytest.mark.parametrize("config", [CONFIG, CART, WALK])
+def test_it_takes_the_steps_of_dqn(config: dqn.DQN, tmp_path: Path) -> None:
+    agrees_with_dqn(config, tmp_path)
 
 
 @pytest.mark.slow
-def test_its_program_takes_the_steps_of_dqn(tmp_path: Path) -> None:
-    agrees_with_dqn(tmp_path)
+@pytest.mark.parametrize("config", [CART, WALK])
+def test_its_program_takes_the_steps_of_dqn(config: dqn.DQN, tmp_path: Path) -> None:
+    agrees_with_dqn(config, tmp_path)
+
+
+@pytest.mark.usefixtures("as_it_stands")
+def test_how_often_it_logs_changes_nothing(tmp_path: Path) -> None:
+    often = replace(CART, run=replace(OPTIONS, log_interval=7, run_dir=tmp_path / "often"))
+    seldom = replace(CART, run=replace(OPTIONS, run_dir=tmp_path / "seldom"))
+    found, expected = ended(fast_dqn, often)[0], ended(fast_dqn, seldom)[0]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.usefixtures("as_it_stands")
+@pytest.mark.parametrize("wrong", ["reward", "observation"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("sign", [False, True])  # an infinite reward's is 1
+def test_what_is_not_finite_ends_the_run(wrong: str, value: float, sign: bool, tmp_path: Path) -> None:
+    environment = environments.Config(WALK.environment.id, 2, "tensor", kwargs={"wrong": wrong, "value": value})
+    config = replace(WALK, environment=environment, normalize=normalization.Config(reward_sign=sign))
+    at = f"gave a NaN or infinite {wrong} in environment [01] at step 4 of its episode \\d+ \\(run seed 3\\)"
+    with pytest.raises(ValueError, match=at):
+        fast_dqn.train(replace(config, run=replace(OPTIONS, run_dir=tmp_path / "run")))
+    assert not [*(tmp_path / "run").glob("checkpoints/*")]
+
+
+def test_whether_it_pays_is_decided_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 environment steps of 64 environments are 1,563 gradient steps, a second's gain."""
+    monkeypatch.setattr(compilation, "remember", lambda config: None)
+    monkeypatch.setattr(offpolicy, "finish", lambda *given: None)
+    begin, many = dqn.begin, replace(CART, environment=replace(CART.environment, num_envs=64), total_steps=100_000)
+
+    def at_its_end(*given: Any) -> Any:
+        state, net = begin(*given)
+        return state._replace(step=many.total_steps), net
+
+    monkeypatch.setattr(dqn, "begin", at_its_end)
+    with caplog.at_level("INFO"):
+        fast_dqn.train(replace(many, replay_capacity=1_000, run=runs.Config(quiet=True, run_dir=None)))
+    found = [record.getMessage() for record in caplog.records if "compiled: " in record.getMessage()]
+    assert len(found) == 1
+    assert found[0].startswith("not compiled: it would save about 1 s")
 
 
 @pytest.mark.usefixtures("as_it_stands")
@@ -133,14 +175,15 @@ def test_it_is_resumed_to_the_bit_and_stops_at_nan(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_program_writes_and_draws_as_the_replay_does(n: int) -> None:
+@pytest.mark.parametrize("size", [12, 20])
+def test_a_program_writes_and_draws_as_the_replay_does(n: int, size: int) -> None:
     space, actions = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(4)
     expected, found = (replay.Replay(space, actions, n, 23) for _ in range(2))
     random = np.random.default_rng(n)
     first = random.random((n, 2), dtype=np.float32)
     expected.begin(first)
     found.begin(first)
-    ring, short = found.ring(), 0
+    ring, short = found.ring(), []
     for _ in range(60):
         terminated, truncated = random.random(n) < 0.2, random.random(n) < 0.1
         over = terminated | truncated
@@ -149,7 +192,8 @@ def test_a_program_writes_and_draws_as_the_replay_does(n: int) -> None:
         action, reward = random.integers(4, size=n), random.random(n)
         expected.append(action, Transition(successor, seen, reward, terminated, truncated, over, None))
         step = tensor_replay.Stepped(*map(torch.from_numpy, (action, reward, terminated, over, successor, seen)))
-        tensor_replay.store(found.rows, ring, step)
+        newest = tensor_replay.store(found.rows, ring, step)
+        assert expected.usable(newest.numpy()).all()
         found.advance(ring, n)
         assert (found.written, found.transitions, found.open.tolist()) == (
             expected.written, expected.transitions, expected.open.tolist(),
@@ -157,13 +201,17 @@ def test_a_program_writes_and_draws_as_the_replay_does(n: int) -> None:
         for name, column in expected._columns().items():
             np.testing.assert_array_equal(found._columns()[name], column, err_msg=name)
         places = torch.from_numpy(random.integers(2**62, size=20))
-        rows = tensor_replay.uniform(found.rows, ring, places, 12).numpy()
+        rows, filled = tensor_replay.uniform(found.rows, ring, places, size, newest).numpy(), min(expected.written, 23)
+        assert len(rows) == size
         assert expected.usable(rows).all()
-        usable = int(expected.usable(places.numpy() % min(expected.written, 23)).sum())
-        short += usable < 12
-        kept = min(12, usable)
-        np.testing.assert_array_equal(rows[:kept], expected.uniform(12, places.numpy())[:kept])
-    assert short < 60
+        digits = places.numpy() % filled, places.numpy() // filled % filled
+        kept = min(size, sum(int(expected.usable(digit).sum()) for digit in digits))
+        short.append(kept < size)
+        np.testing.assert_array_equal(rows[:kept], expected.uniform(size, places.numpy())[:kept])
+        if kept == 0:
+            np.testing.assert_array_equal(rows, newest[:1])
+    assert any(short) == (size == 20)
+    assert not all(short)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tensor environments are Gymnasium's, step for step; and a run on them is a run like any other."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.control.own_tensors import Place, Walk
 from tests.control.test_kill import kill_when, same
 from tests.program import SMALL, command, succeed
 from upslope.control import environments, networks, normalization, rollout, tensor_environments, tensor_rollout
@@ -166,6 +168,91 @@ def test_any_algorithm_steps_them_from_outside() -> None:
 def test_what_has_no_tensor_form_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         environments.make(environments.Config(**{"num_envs": 4, "vectorization": "tensor", **flags}), 1)
+
+
+OWN = "tests.control.own_tensors:Walk-v0"
+
+
+def test_a_rollout_acts_in_the_space_and_sees_the_default_type() -> None:
+    """Of a user's environment in float64 with actions from 2: what is stepped from outside with the same actions."""
+    begun, net = world(name=OWN)
+    theta = net.bind(net.initial())
+    data, after = played(begun, net, theta, 60)
+    envs, seen = environments.make(environments.Config(OWN, 3, "tensor"), seed=5)
+    rows: Any = data.observation
+    for t in range(60):
+        assert seen.dtype == np.float32
+        np.testing.assert_array_equal(rows[:, t].numpy(), seen)
+        step = envs.step(data.action[:, t].numpy())
+        np.testing.assert_array_equal(data.reward[:, t].numpy(), step.reward.astype(np.float32))
+        np.testing.assert_array_equal(data.terminated[:, t].numpy(), step.terminated)
+        seen = step.observation
+    np.testing.assert_array_equal(after.observation, seen)
+    assert {*data.action.flatten().tolist()} == {0, 1, 2}
+    assert envs.episode.min() > 1
+
+
+@pytest.mark.parametrize("wrong", ["reward", "observation"])
+def test_a_rollout_refuses_what_is_not_finite(wrong: str) -> None:
+    config = environments.Config(OWN, 3, "tensor", kwargs={"wrong": wrong, "value": np.inf})
+    begun = rollout.begin(config, normalization.Config(), seed=5)
+    net = Net(networks.Config(hidden=(8,)).build(begun.envs.observation_space, begun.envs.action_space, seed=2))
+    with pytest.raises(ValueError, match=f"a NaN or infinite {wrong} in environment [012] at step 4 of its episode 0"):
+        played(begun, net, net.bind(net.initial()), 10)
+
+
+def test_chance_is_of_the_step_and_of_no_other() -> None:
+    """However many steps are asked for at once; new episodes after a step have other numbers than that step."""
+    one, two = (environments.make(environments.Config(OWN, 3, "tensor"), seed=5)[0].envs for _ in range(2))
+    whole = one.noise(150)  # type: ignore[attr-defined]
+    parts = [two.noise(count) for count in (1, 99, 50)]  # type: ignore[attr-defined]
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+    numbers = torch.cat([part.flatten() for part in whole])
+    assert len(numbers.unique()) == len(numbers) == 150 * 3 * 2
+
+
+class Drifting(Walk):
+    def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        after, *rest = super().step(state, action, noise)
+        return after._replace(at=after.at.float()), *rest
+
+
+class Timeless(Walk):
+    def reset(self, noise: torch.Tensor) -> Any:
+        return noise[..., 0]
+
+
+class Scalar(Walk):
+    def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        after, reward, *ends = super().step(state, action, noise)
+        return after, reward.sum(), *ends
+
+
+class Counting(Walk):
+    def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        *rest, truncated = super().step(state, action, noise)
+        return *rest, truncated.long()
+
+
+class Narrow(Walk):
+    def observe(self, state: Place) -> torch.Tensor:
+        return super().observe(state)[..., :1]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Drifting, "Drifting.step: at is torch.float32 [3], allowed: a tensor [3] of torch.float64"),
+        (Timeless, "Timeless.reset gives Tensor, allowed: a NamedTuple with `time` in it"),
+        (Scalar, "Scalar.step: the reward is torch.float64 [], allowed: a tensor [3] of torch.float32 or torch.float"),
+        (Counting, "Counting.step: truncated is torch.int64 [3], allowed: a tensor [3] of torch.bool"),
+        (Narrow, "Narrow.observe: the result is torch.float64 [3, 1], allowed: a tensor [3, 2] of any type"),
+    ],
+)
+def test_a_tensor_environment_that_is_none_is_refused(form: type, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        environments.make(environments.Config(OWN, 3, "tensor", kwargs={"form": form}), seed=5)
 
 
 @pytest.mark.slow

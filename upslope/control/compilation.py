@@ -56,6 +56,8 @@ def decide(session: Run, config: Any, saves: float, obstacle: str | None) -> boo
         saves: seconds that a compiled run of this length is expected to save.
         obstacle: why it cannot be compiled, if it cannot.
     """
+    if session.compiled is not None:
+        return session.compiled
     marker = _marker(config)
     takes, state = (WARM, "in the cache") if marker is not None and marker.exists() else (COLD, "not in the cache")
     if obstacle is not None:

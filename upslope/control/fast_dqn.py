@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from gymnasium import spaces
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from upslope.control.dqn import DQN
 from upslope.control.offpolicy import State
 from upslope.control.parameters import Net
 from upslope.control.replay import Ring, Rows
+from upslope.control.rollout import World
 from upslope.control.tensor_environments import TensorEnvironment
 from upslope.control.tensor_rollout import Playing
 from upslope.runs.randomness import BLOCK, Blocks
@@ -66,6 +68,7 @@ class Chance(NamedTuple):
 class Log(NamedTuple):
     """What K steps leave behind; the first axis is the step."""
 
+    finite: Bool[Tensor, "K N"]  # what was seen before a step and after it
     ended: Bool[Tensor, "K N"]
     episode_return: Float[Tensor, "K N"]  # float64, after each step
     episode_length: Int64[Tensor, "K N"]
@@ -73,35 +76,36 @@ class Log(NamedTuple):
 
 
 def step(
-    now: Standing, chance: Chance, log: Log, net: Net, environment: TensorEnvironment, config: DQN
+    now: Standing, chance: Chance, log: Log, net: Net, environment: TensorEnvironment, space: spaces.Space, config: DQN
 ) -> dqn.Terms:  # fmt: skip
     """One iteration of dqn.py: a step of every environment and a gradient step."""
     at, (state, total) = now.at, now.playing
+    observe = functools.partial(tensor_environments.observe, environment)
     given = Chance(*(part.index_select(0, at).squeeze(0) for part in chance))
 
     # 1. collect: a step of every environment into the replay
-    observation = environment.observe(state)
+    observation = observe(state)
     action = dqn.act(net, now.theta, observation, None, given.epsilon, given.uniform, given.any_action)
-    after, reward, terminated, truncated = environment.step(state, action, given.step)
+    acted = tensor_rollout.to_space(space, action)
+    after, reward, terminated, truncated = environment.step(state, acted, given.step)
     ended, total = terminated | truncated, total + reward
     fresh = tensor_environments.restart(environment, after, ended, given.reset)
     kept = reward.sign() if config.normalize.reward_sign else reward
-    seen = tensor_replay.Stepped(
-        action, kept, terminated, ended, environment.observe(after), environment.observe(fresh)
-    )
-    tensor_replay.store(now.rows, now.ring, seen)
+    seen = tensor_replay.Stepped(action, kept, terminated, ended, observe(after), observe(fresh))
+    newest = tensor_replay.store(now.rows, now.ring, seen)
 
     # 2. to 4., see `dqn.learn`
-    row = tensor_replay.uniform(now.rows, now.ring, given.places, config.batch_size)
+    row = tensor_replay.uniform(now.rows, now.ring, given.places, config.batch_size, newest)
     batch = replay.gather(now.rows, replay.Drawn(row, None, config.gamma, config.n_step))
     nothing: Any = None
     memory, progress = optimizers.State(now.steps, now.averages), given.progress  # type: ignore[arg-type]
     inside = State(now.theta, now.others, {"theta": memory}, nothing, nothing, 0, progress, 0)  # type: ignore[arg-type]
     learned, part, numbers = dqn.learn(inside, net, batch, [None] * 3, config)
 
-    told = Log(ended, total, after.time, torch.as_tensor(numbers["grad_norm"], dtype=torch.float64))
+    finite = tensor_rollout.finite(observation, 1) & tensor_rollout.finite(seen.successor, 1)
+    told = Log(finite, ended, total, after.time, torch.as_tensor(numbers["grad_norm"]))
     for column, value in zip(log, told, strict=True):
-        column.index_copy_(0, at, value.unsqueeze(0))
+        column.index_copy_(0, at, value.to(column.dtype).unsqueeze(0))
     now.steps.copy_(learned.optimizer["theta"].step)  # type: ignore[arg-type]
     for old, new in zip((*state, now.playing.episode_return), (*fresh, torch.where(ended, 0.0, total)), strict=True):
         old.copy_(new)
@@ -109,12 +113,13 @@ def step(
     return part
 
 
-def program(net: Net, environment: TensorEnvironment, config: DQN) -> Callable[..., dqn.Terms]:
+def program(net: Net, world: World, config: DQN) -> Callable[..., dqn.Terms]:
     """(now, chance, log) -> the objective's parts, of one step, compiled."""
     pure, settings = net.pure(), compilation.inside(config)
+    environment, space = tensor_rollout.environment(world), world.envs.action_space
 
     def one(now: Standing, chance: Chance, log: Log) -> dqn.Terms:
-        return step(now, chance, log, pure, environment, settings)
+        return step(now, chance, log, pure, environment, space, settings)
 
     return ahead.compiled(one, loops=False, kept=lambda: compilation.remember(config), steady=3)
 
@@ -147,28 +152,27 @@ def stretch(state: State, config: DQN) -> int:
 
 def stand(state: State) -> tuple[Standing, Log]:
     """What the program moves on from here, and where it writes its log."""
-    memory, begun, n = state.optimizer["theta"], tensor_rollout.begun(state.world), len(state.world.episode_return)
-    playing = Playing(type(begun.state)(*(part.clone() for part in begun.state)), begun.episode_return.clone())
+    memory, n = state.optimizer["theta"], state.world.envs.num_envs
+    playing = tensor_rollout.copied(tensor_rollout.begun(state.world))
     steps, at = torch.tensor(float(memory.step), dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     whole, real = torch.zeros(BLOCK, n, dtype=torch.int64), torch.zeros(BLOCK, n, dtype=torch.float64)
     now = Standing(
         state.theta, state.others, steps, memory.memory, state.replay.rows, state.replay.ring(), playing, at
     )  # fmt: skip
-    return now, Log(whole.bool(), real, whole, torch.zeros(BLOCK, dtype=torch.float64))
+    return now, Log(whole.bool(), whole.bool(), real, whole, torch.zeros(BLOCK, dtype=torch.float64))
 
 
 def foresee(
     state: State, behaviour: offpolicy.Behaviour, chances: Blocks[Any], count: int, config: DQN
 ) -> Chance:  # fmt: skip
     """What so many steps from here are given; the rest of the places is filled up, and not used."""
-    n, envs, nothing = config.environment.num_envs, tensor_rollout.vector(state.world), torch.empty(0)
+    n, nothing = config.environment.num_envs, torch.empty(0)
     coming = [state._replace(iteration=state.iteration + k, step=state.step + k * n) for k in range(count)]
     acts: Any = [behaviour(at, nothing, 0)[2:] for at in coming]
     places = [torch.from_numpy(chances.at(state.updates + k)[0]) for k in range(count)]
     progress = torch.tensor([at.step / config.total_steps for at in coming], dtype=torch.float64)
-    sizes = [envs.environment.step_noise, envs.environment.reset_noise]
-    step, reset = envs.noise(sum(sizes), count).split(sizes, -1)
-    parts = (*(torch.stack(part) for part in zip(*acts, strict=True)), torch.stack(places), step, reset, progress)
+    noise = tensor_rollout.vector(state.world).noise(count)
+    parts = (*(torch.stack(part) for part in zip(*acts, strict=True)), torch.stack(places), *noise, progress)
     return Chance(*(torch.cat([part, part[-1:].expand(BLOCK - count, *part.shape[1:])]) for part in parts))
 
 
@@ -178,27 +182,23 @@ def take(
     """So many steps; the state, its world, replay and optimiser after them.
 
     Raises:
-        ValueError: a gradient that is not finite; θ is then not to be used any more.
+        ValueError: a reward, an observation or a gradient that is not finite; θ is then not to be used any more.
     """
     now.at.zero_()
     for _ in range(count):
         part = run(now, given, log)
-    norms = log.grad_norm[:count]
+    *rows, norms = (column[:count] for column in log)
+    told = tensor_rollout.Log(torch.empty(state.world.envs.num_envs, count, 0), *(row.T for row in rows))
+    world = tensor_rollout.advance(state.world, tensor_rollout.copied(now.playing), told)
     if not norms.isfinite().all():
         bad = int((~norms.isfinite()).nonzero()[0])
         raise ValueError(
             f"the gradient is not finite, grad_norm is {float(norms[bad])} at gradient step {state.updates + bad + 1}"
         )
-    n, theirs = len(state.world.episode_return), log._replace(grad_norm=norms)
-    ended, returns, lengths = (part[:count].T for part in theirs[:3])
-    playing = Playing(
-        type(now.playing.state)(*(p.clone() for p in now.playing.state)), now.playing.episode_return.clone()
-    )
-    nothing = torch.empty(n, count, 0)
-    world = tensor_rollout.advance(state.world, playing, tensor_rollout.Log(nothing, ended, returns, lengths))
-    state.replay.advance(now.ring, n * count)
+    state.replay.advance(now.ring, rows[0].numel())
     memory = state.optimizer["theta"]._replace(step=int(now.steps))
-    return state._replace(world=world, optimizer={"theta": memory}), part, {"grad_norm": float(norms[-1])}
+    state = state._replace(world=world, optimizer={"theta": memory}, action=None)
+    return state, part, {"grad_norm": float(norms[-1])}
 
 
 def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | None = None) -> Agent:
@@ -210,19 +210,16 @@ def train(config: DQN, session: Run | None = None, theta: Float[Tensor, " d"] | 
         theta: parameters that a new run starts from; by default the network's own initialisation.
 
     Raises:
-        ValueError: a gradient that is not finite.
+        ValueError: a reward, an observation or a gradient that is not finite.
     """
     session = session or Run("dqn", config, config.total_steps)
-    begun = session.restored.step if session.restored else 0
-    if not fits(config) or not compilation.decide(
-        session, config, (config.total_steps - begun) * offpolicy_program.SAVES, None
-    ):
+    if not fits(config) or not offpolicy_program.chosen(config, session):
         return dqn.train(config, session, theta)
     with session:
         state, net = dqn.begin(config, session, theta)
         behaviour, chance = dqn.behaviour(net, state.world.envs, config), dqn.chances(net, config)
         choose = offpolicy.choosing(functools.partial(dqn.act, net), behaviour)
-        run = program(net, tensor_rollout.environment(state.world), config)
+        run = program(net, state.world, config)
         standing: tuple[Standing, Log] | None = None
         nothing: dict[str, float] = {}
         part: dqn.Terms | None

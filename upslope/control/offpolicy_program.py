@@ -47,17 +47,22 @@ def of(
         config: the algorithm's settings.
         session: the run.
     """
-    step = session.restored.step if session.restored else 0
     interval = config.train_interval * config.environment.num_envs
-    each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
-    saves = (config.total_steps - step) * each * SAVES
     eager = torch.no_grad()(functools.partial(act, _actor(nets)))
-    if not compilation.decide(session, config, saves, None):
+    if not chosen(config, session):
         return plain(learn), offpolicy.choosing(eager, behaviour)
     if config.train_interval == 1 and (config.gradient_steps or interval) == 1:
         # where no gradient step was before, the network acts as it stands
         return compiled(learn, nets, config, act, behaviour), offpolicy.choosing(eager, behaviour)
     return compiled(learn, nets, config), offpolicy.choosing(acting(act, nets), behaviour)
+
+
+def chosen(config: Config, session: Run) -> bool:
+    """Whether this run is compiled; see `compilation.decide`."""
+    step = session.restored.step if session.restored else 0
+    interval = config.train_interval * config.environment.num_envs
+    each = 1.0 if config.gradient_steps is None else config.gradient_steps / interval
+    return compilation.decide(session, config, (config.total_steps - step) * each * SAVES, None)
 
 
 def plain(learn: Learn) -> Step:

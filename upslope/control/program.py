@@ -119,8 +119,9 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
         noise = generator(config.run.seed, "noise", state.iteration, distributed.rank())
         given = tensor_rollout.draw(net, state.world, config.rollout_length, noise)
         play = (tensor_rollout.begun(state.world), given, state.world.normalizer)
-        theta, memory, (after, log), numbers = _moved(program, state, play, _tensors(give(state)))
-        return theta, memory, tensor_rollout.advance(state.world, after, log), numbers
+        theta, memory, (after, log), numbers = _ran(program, state, play, _tensors(give(state)))
+        world = tensor_rollout.advance(state.world, after, log)  # first: a NaN that was seen is the cause of others
+        return _moved(state, theta, memory, world, numbers)
 
     return run
 
@@ -141,32 +142,38 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
 
     def run(state: State) -> Iteration:
         data, world = learner.collect(net, state, config, config.rollout_length, act=act)
-        theta, memory, _, numbers = _moved(program, state, data, _tensors(give(state)))
-        return theta, memory, world, numbers
+        theta, memory, _, numbers = _ran(program, state, data, _tensors(give(state)))
+        return _moved(state, theta, memory, world, numbers)
 
     return run
 
 
-def _moved(program: Any, state: State, played: Any, given: Any) -> Iteration:
-    """Run a program; θ and the optimiser's memory are updated in place.
-
-    Raises:
-        ValueError: a gradient that is not finite; θ is as it was.
-    """
+def _ran(program: Any, state: State, played: Any, given: Any) -> Any:
+    """Run a program: another θ, the optimiser's memory, which is updated in place, the world, numbers."""
     step: Any = torch.tensor(state.optimizer.step, dtype=torch.float64)
     with torch.no_grad():
         theta, memory, world, numbers = program(
             state.theta.detach(), optimizers.State(step, state.optimizer.memory), played, given
         )
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in numbers.values()]).tolist()
-    plain = dict(zip(numbers, values, strict=True))
-    if not math.isfinite(plain["grad_norm"]):
+    return theta, optimizers.State(int(memory.step), memory.memory), world, dict(zip(numbers, values, strict=True))
+
+
+def _moved(
+    state: State, theta: Float[Tensor, " d"], memory: optimizers.State, world: rollout.World, numbers: dict[str, float]
+) -> Iteration:  # fmt: skip
+    """θ is updated in place.
+
+    Raises:
+        ValueError: a gradient that is not finite; θ is as it was.
+    """
+    if not math.isfinite(numbers["grad_norm"]):
         raise ValueError(
-            f"the gradient is not finite, its norm is {plain['grad_norm']}, within the gradient steps after the first "
-            f"{state.optimizer.step}; θ was not changed"
+            f"the gradient is not finite, its norm is {numbers['grad_norm']}, within the gradient steps after the "
+            f"first {state.optimizer.step}; θ was not changed"
         )
     state.theta.copy_(theta)
-    return state.theta, optimizers.State(int(memory.step), memory.memory), world, plain
+    return state.theta, memory, world, numbers
 
 
 def _tensors(given: Any) -> Any:

@@ -259,6 +259,9 @@ class Replay:
         filled = min(self.written, self.capacity)
         row = places % filled
         row = row[self.usable(row)]
+        if len(row) < size:  # where episodes are short: the places have more than one digit
+            second = places // filled % filled
+            row = np.concatenate((row, second[self.usable(second)]))
         if len(row) < size:  # seldom, unless episodes are short: more places, which follow from these
             more = torch.Generator().manual_seed(int(places[0]))
             while len(row) < size:

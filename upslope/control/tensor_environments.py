@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium as gym
 import torch
+from gymnasium import spaces
 from gymnasium.envs.classic_control import (
     AcrobotEnv,
     CartPoleEnv,
@@ -53,6 +54,52 @@ def restart(
     """The state with new episodes where the old ones have ended."""
     fresh = environment.reset(noise)
     return type(state)(*(torch.where(ended, new, old) for new, old in zip(fresh, state, strict=True)))
+
+
+def observe(environment: TensorEnvironment[State], state: State) -> Tensor:
+    """What the policy sees, floats in the default type."""
+    seen, real = environment.observe(state), torch.get_default_dtype()
+    return seen.to(real) if seen.is_floating_point() else seen
+
+
+def refuse_unsteady(
+    environment: TensorEnvironment, state: Any, action: Tensor, noise: Float[Tensor, "N step"], space: spaces.Space
+) -> None:
+    """Try one step, whose result is thrown away: what follows from reset and step must stay of one kind.
+
+    Args:
+        environment: what is tried.
+        state: of a reset.
+        action: of each environment.
+        noise: of a step.
+        space: of observations.
+
+    Raises:
+        ValueError: the first thing that is not as `TensorEnvironment` says it.
+    """
+    name, n = type(environment).__name__, len(noise)
+
+    def expect(what: str, found: Any, shape: list[int], *kinds: torch.dtype) -> None:
+        told = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        fits = isinstance(found, Tensor) and list(found.shape) == shape
+        if not fits or (kinds and found.dtype not in kinds):
+            wanted = " or ".join(str(kind) for kind in kinds) or "any type"
+            raise ValueError(f"{name}.{what} is {told}, allowed: a tensor {list(shape)} of {wanted}")
+
+    if not hasattr(state, "_fields") or "time" not in state._fields:
+        raise ValueError(f"{name}.reset gives {type(state).__name__}, allowed: a NamedTuple with `time` in it")
+    for field, part in state._asdict().items():
+        expect(f"reset: {field}", part, [n], *([torch.int64] if field == "time" else []))
+    after, reward, *ends = environment.step(type(state)(*(part.clone() for part in state)), action, noise)
+    if type(after) is not type(state):
+        raise ValueError(f"{name}.step gives {type(after).__name__}, allowed: {type(state).__name__}, as reset does")
+    for field, part, old in zip(state._fields, after, state, strict=True):
+        expect(f"step: {field}", part, [n], old.dtype)
+    expect("step: the reward", reward, [n], torch.float32, torch.float64)
+    for what, end in zip(("terminated", "truncated"), ends, strict=True):
+        expect(f"step: {what}", end, [n], torch.bool)
+    for seen in (environment.observe(state), environment.observe(after)):
+        expect("observe: the result", seen, [n, *(space.shape or ())])
 
 
 class Cart(NamedTuple):

@@ -20,8 +20,8 @@ class Stepped(NamedTuple):
     observation: Tensor  # what to act on next
 
 
-def store(rows: Rows, ring: Ring, step: Stepped) -> None:
-    """What `Replay.append` writes, as operations on tensors, in place; without priorities and stacks of frames."""
+def store(rows: Rows, ring: Ring, step: Stepped) -> Int64[Tensor, " N"]:
+    """What `Replay.append` writes, in place, without priorities and stacks of frames; the rows of the transitions."""
     size, over = len(rows.ahead), step.ended.long()
     finals = ring.written + over.cumsum(0) - 1
     fresh = ring.written + over.sum() + torch.arange(len(over))
@@ -37,11 +37,14 @@ def store(rows: Rows, ring: Ring, step: Stepped) -> None:
         column.index_copy_(0, here, value.to(column.dtype))
     ring.open.copy_(fresh)
     ring.written.add_(over.sum() + len(over))
+    return here
 
 
-def uniform(rows: Rows, ring: Ring, places: Int64[Tensor, " k"], size: int) -> Int64[Tensor, " B"]:
-    """What `Replay.uniform` gives, as operations on tensors; where too few places fall on transitions, some twice."""
-    row = places % ring.written.clamp(max=len(rows.ahead))
+def uniform(
+    rows: Rows, ring: Ring, places: Int64[Tensor, " k"], size: int, newest: Int64[Tensor, " N"]
+) -> Int64[Tensor, " B"]:
+    """What `Replay.uniform` gives; where too few places and their second digits fall on transitions, some twice."""
+    filled = ring.written.clamp(max=len(rows.ahead))
+    row = torch.cat((places % filled, places // filled % filled, newest[:1]))  # the last is a transition for sure
     rank = (rows.ahead.index_select(0, row) > 0).long().cumsum(0)
-    wanted = 1 + torch.arange(size) % rank[-1].clamp(min=1)
-    return row.index_select(0, torch.searchsorted(rank, wanted).clamp(max=len(row) - 1))
+    return row.index_select(0, torch.searchsorted(rank, 1 + torch.arange(size) % rank[-1]))

@@ -38,6 +38,7 @@ class Log(NamedTuple):
     """What a rollout's accounts need besides its transitions."""
 
     raw: Tensor  # [N, T, ...] observations before normalisation
+    finite: Bool[Tensor, "N T"]  # what was seen before a step and after it
     ended: Bool[Tensor, "N T"]
     episode_return: Float[Tensor, "N T"]  # float64, after each step
     episode_length: Int64[Tensor, "N T"]
@@ -81,12 +82,13 @@ def play(
         return normalization.observation(normalizer, raw, normalize)
 
     def step(now: Playing, given: Noise) -> tuple[Playing, _Row]:
-        raw = environment.observe(now.state)
+        raw = tensor_environments.observe(environment, now.state)
         action = net.only("policy", theta, see(raw)).sample(given.action)
-        after, reward, terminated, truncated = environment.step(now.state, _bounded(space, action), given.step)
+        after, reward, terminated, truncated = environment.step(now.state, to_space(space, action), given.step)
         total, ended = now.episode_return + reward, terminated | truncated
         row = _Row(
-            raw, environment.observe(after), action, reward, terminated, truncated, total, after.time
+            raw, tensor_environments.observe(environment, after), action, reward, terminated, truncated, total,
+            after.time,
         )  # fmt: skip
         fresh = tensor_environments.restart(environment, after, ended, given.reset)
         return Playing(fresh, torch.where(ended, 0.0, total)), row
@@ -101,7 +103,13 @@ def play(
         seen, row.action, logp, value, next_value.view(value.shape), row.reward.to(value.dtype), row.terminated,
         row.truncated, None,
     )  # fmt: skip
-    return data, after, Log(row.raw, row.terminated | row.truncated, row.episode_return, row.episode_length)
+    ended, fine = row.terminated | row.truncated, finite(row.raw, 2) & finite(row.successor, 2)
+    return data, after, Log(row.raw, fine, ended, row.episode_return, row.episode_length)
+
+
+def copied(playing: Playing) -> Playing:
+    """In memory of its own."""
+    return Playing(type(playing.state)(*(part.clone() for part in playing.state)), playing.episode_return.clone())
 
 
 def draw(net: Net, world: World, length: int, generator: torch.Generator) -> Noise:
@@ -113,9 +121,7 @@ def draw(net: Net, world: World, length: int, generator: torch.Generator) -> Noi
         action = torch.stack([at(t) for t in range(length)])
     else:
         action = head.noise((length, envs.num_envs, *head.noise_shape), generator)
-    numbers = envs.noise(envs.environment.step_noise + envs.environment.reset_noise, length)
-    step, reset = numbers.split([envs.environment.step_noise, envs.environment.reset_noise], -1)
-    return Noise(action, step, reset)
+    return Noise(action, *envs.noise(length))
 
 
 def begun(world: World) -> Playing:
@@ -123,8 +129,18 @@ def begun(world: World) -> Playing:
     return Playing(vector(world).state, torch.from_numpy(world.episode_return))
 
 
+def finite(seen: Tensor, axes: int) -> Bool[Tensor, "..."]:
+    """Of each observation, after so many axes: is it finite?"""
+    return seen.isfinite().reshape(*seen.shape[:axes], -1).all(-1)
+
+
 def advance(world: World, after: Playing, log: Log) -> World:
-    """The world after a rollout, its accounts and observation statistics brought up to date."""
+    """The world after a rollout, its accounts and observation statistics brought up to date.
+
+    Raises:
+        ValueError: a NaN or infinite reward or observation, naming environment, episode and step.
+    """
+    _refuse_non_finite(world, log)
     envs, over = vector(world), log.ended.T
     finished = torch.stack((log.episode_return.T[over], log.episode_length.T[over].double()), -1)  # as they ended
     envs.state = after.state
@@ -154,6 +170,19 @@ def collect(
     return data._replace(reward=reward.to(data.value.dtype)), after_world
 
 
+def _refuse_non_finite(world: World, log: Log) -> None:
+    """A return that is not finite tells of a reward that is not."""
+    for what, finite in (("reward", log.episode_return.isfinite()), ("observation", log.finite)):
+        if not finite.all():
+            t, i = (~finite.T).nonzero()[0].tolist()  # the first
+            episode = int(world.envs.episode[i] + log.ended[i, :t].sum())
+            raise ValueError(
+                f"{world.envs.config.id} gave a NaN or infinite {what} in environment {i} at step "
+                f"{int(log.episode_length[i, t])} of its episode {episode} (run seed {world.envs.seed}); nothing that "
+                "was trained on it is kept, the checkpoints written so far are"
+            )
+
+
 def _scores(
     net: Net, theta: Float[Tensor, " d"], seen: Tensor, action: Tensor
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
@@ -162,11 +191,16 @@ def _scores(
     return policy.log_prob(action.flatten(0, 1)).view(action.shape[:2]), value.view(action.shape[:2])
 
 
-def _bounded(space: spaces.Space, action: Tensor) -> Tensor:
-    if not isinstance(space, spaces.Box):
-        return action
-    low, high = (torch.from_numpy(bound.reshape(-1)).to(action.dtype) for bound in (space.low, space.high))
-    return action.clamp(low, high)
+def to_space(space: spaces.Space, action: Tensor) -> Tensor:
+    """As `environments.to_space`, on tensors."""
+    if isinstance(space, spaces.Box):
+        low, high = (torch.from_numpy(bound.reshape(-1)) for bound in (space.low, space.high))
+        return action.clamp(low, high).to(low.dtype).reshape(-1, *space.shape)
+    if isinstance(space, spaces.Discrete):
+        return action + int(space.start) if space.start else action
+    if isinstance(space, spaces.MultiDiscrete):
+        return action + torch.from_numpy(space.start)
+    return action.to(torch.int8).reshape(-1, *space.shape)
 
 
 def environment(world: World) -> TensorEnvironment:

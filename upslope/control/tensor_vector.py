@@ -1,5 +1,6 @@
 """A tensor environment as a Gymnasium vector environment, for whoever steps it from outside a compiled program."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from upslope.control import tensor_environments
 from upslope.control.tensor_environments import TensorEnvironment
-from upslope.runs.randomness import generator
+from upslope.runs.randomness import Blocks
 
 
 class TensorVector(VectorEnv):
-    """N environments in one state. The numbers of a draw are a function of (seed, first index, draws before).
+    """N environments in one state. Chance is a function of (seed, first index, steps and whole resets before).
+
+    A step takes the numbers of one draw, and so do the new episodes where it ended some.
 
     Args:
         environment: what is stepped.
@@ -41,16 +44,26 @@ class TensorVector(VectorEnv):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
-        self.draws = 0
-        self.state: Any = environment.reset(self.noise(environment.reset_noise))
+        self._sizes = [environment.step_noise, environment.reset_noise]
+        each = num_envs, sum(self._sizes)
+        uniform: Any = lambda random, count: torch.rand((count, *each), generator=random)  # noqa: E731
+        self._numbers: Blocks[Tensor] = Blocks(uniform, math.prod(each), seed, "tensor", first_index)
+        self.draws = 1
+        step, reset = self._now()
+        self.state: Any = environment.reset(reset)
+        self.action_space.seed(0)
+        action = torch.from_numpy(self.action_space.sample())
+        tensor_environments.refuse_unsteady(environment, self.state, action, step, observation_space)
 
-    def noise(self, size: int, *length: int) -> Float[Tensor, "*length N size"]:
-        """The next uniform numbers, for one step or a block of them."""
-        if not size:
-            return torch.zeros(*length, self.num_envs, 0)
-        source = generator(self.run_seed, "tensor", self.first_index, self.draws)
-        self.draws += 1
-        return torch.rand((*length, self.num_envs, size), generator=source)
+    def noise(self, length: int) -> tuple[Float[Tensor, "length N step"], Float[Tensor, "length N reset"]]:
+        """The uniform numbers of the next steps, and of the new episodes after each."""
+        parts: Any = self._numbers.several(self.draws, length)
+        self.draws += length
+        return torch.cat(parts).split(self._sizes, -1)
+
+    def _now(self) -> tuple[Float[Tensor, "N step"], Float[Tensor, "N reset"]]:
+        """The numbers of the last draw."""
+        return self._numbers.at(self.draws - 1).split(self._sizes, -1)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -58,18 +71,19 @@ class TensorVector(VectorEnv):
         """New episodes in all environments or where `options["reset_mask"]`; the randomness is the run's."""
         mask = (options or {}).get("reset_mask")
         ended = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else torch.from_numpy(mask)
-        noise = self.noise(self.environment.reset_noise)
-        self.state = tensor_environments.restart(self.environment, self.state, ended, noise)
+        if mask is None:  # else the episodes that the last step ended
+            self.draws += 1
+        self.state = tensor_environments.restart(self.environment, self.state, ended, self._now()[1])
         return self.observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        noise = self.noise(self.environment.step_noise)
-        self.state, reward, *ends = self.environment.step(self.state, torch.from_numpy(actions), noise)
+        self.draws += 1
+        self.state, reward, *ends = self.environment.step(self.state, torch.from_numpy(actions), self._now()[0])
         terminated, truncated = (end.numpy() for end in ends)
         return self.observe(), reward.numpy().astype(np.float64), terminated, truncated, {}
 
     def observe(self) -> np.ndarray:
-        return self.environment.observe(self.state).numpy()
+        return tensor_environments.observe(self.environment, self.state).numpy()
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All that is needed to stand here again."""

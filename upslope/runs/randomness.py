@@ -49,6 +49,8 @@ class Blocks(Generic[T]):
     >>> numbers = Blocks(lambda random, count: torch.rand(count, generator=random), 1, 1, "noise")
     >>> [bool(numbers.at(position) == numbers.at(70)) for position in (70, 6, 71)]
     [True, False, False]
+    >>> bool(torch.cat(numbers.several(60, 11))[10] == numbers.at(70))
+    True
     """
 
     def __init__(
@@ -62,7 +64,20 @@ class Blocks(Generic[T]):
     def at(self, position: int) -> T:
         block, place = divmod(position, self._length)
         if block != self._block:
-            self._block, self._drawn = -1, ()  # two blocks may be more than there is memory for
-            self._drawn = self._draw(generator(self._seed, *self._path, block), self._length)
-            self._block = block
+            self._draw_block(block)
         return self._drawn[place]
+
+    def several(self, position: int, count: int) -> list[Sequence[T]]:
+        """What so many positions give from this one on, in parts, a part of a block each."""
+        parts, end = [], position + count
+        while position < end:
+            self.at(position)
+            place = position % self._length
+            parts.append(self._drawn[place : place + end - position])
+            position += len(parts[-1])
+        return parts
+
+    def _draw_block(self, block: int) -> None:
+        self._block, self._drawn = -1, ()  # two blocks may be more than there is memory for
+        self._drawn = self._draw(generator(self._seed, *self._path, block), self._length)
+        self._block = block

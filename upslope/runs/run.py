@@ -31,7 +31,7 @@ class Config:
 
     seed: int = 1
     run_dir: Path | None = None  # None: nothing is written
-    checkpoint_seconds: float = 60.0  # between checkpoints; 0 writes one every iteration
+    checkpoint_seconds: float = 60.0  # between checkpoints; 0 writes one every iteration (a program may make many)
     log_interval: int = 1  # iterations between two lines of metrics
     threads: int = 1  # of torch; small networks are fastest with one
     quiet: bool = False  # no progress display
@@ -94,7 +94,7 @@ class Run:
         self._began = time.monotonic() - state["seconds"]
         self._saved_at = time.monotonic()
         self._untouched, self._alone = False, distributed.world_size() == 1
-        self.compiled = False  # an algorithm that is says so
+        self.compiled: bool | None = None  # as `compilation.decide` says
         self._resources = contextlib.ExitStack()
         self._saved_step = self.restored.step if self.restored else None
         self._segments: dict[str, str] = state.get("segments", {})  # of the last checkpoint
@@ -166,7 +166,7 @@ class Run:
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
             "world_size": distributed.world_size(),
-            "compiled": self.compiled,
+            "compiled": bool(self.compiled),
             "versions": versions(),
             "offsets": self.metrics.offsets(),
         }
