@@ -22,7 +22,8 @@ class Place(NamedTuple):
 class Walk:
     """Actions 2, 3, 4 go -1, 0, 1 and a chance below 0.1; reward |at|; ends at ±3.
 
-    `wrong` is where something is NaN or infinite: "reward" or "observation", from the fourth step of an episode on.
+    `wrong` is where something is NaN or infinite: "reward" or "observation", from the fourth step of an episode on, or
+    the "final observation", which is never acted on.
     """
 
     time_limit: int
@@ -41,7 +42,8 @@ class Walk:
 
     def observe(self, state: Place) -> Tensor:
         seen = torch.stack((state.at, state.time.double()), -1)
-        return torch.where(self._bad(state, "observation").unsqueeze(-1), self.value, seen)
+        bad = self._bad(state, "observation") | ((self.wrong == "final observation") & (state.at.abs() >= 3))
+        return torch.where(bad.unsqueeze(-1), self.value, seen)
 
     def _bad(self, state: Place, what: str) -> Tensor:
         return (state.time >= 4) & (self.wrong == what)

@@ -92,13 +92,14 @@ def test_how_often_it_logs_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_it_stands")
-@pytest.mark.parametrize("wrong", ["reward", "observation"])
+@pytest.mark.parametrize("wrong", ["reward", "observation", "final observation"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("sign", [False, True])  # an infinite reward's is 1
 def test_what_is_not_finite_ends_the_run(wrong: str, value: float, sign: bool, tmp_path: Path) -> None:
     environment = environments.Config(WALK.environment.id, 2, "tensor", kwargs={"wrong": wrong, "value": value})
     config = replace(WALK, environment=environment, normalize=normalization.Config(reward_sign=sign))
-    at = f"gave a NaN or infinite {wrong} in environment [01] at step 4 of its episode \\d+ \\(run seed 3\\)"
+    step = "\\d+" if wrong.startswith("final") else "4"
+    at = f"NaN or infinite {wrong.split()[-1]} in environment [01] at step {step} of its episode \\d+ \\(run seed 3\\)"
     with pytest.raises(ValueError, match=at):
         fast_dqn.train(replace(config, run=replace(OPTIONS, run_dir=tmp_path / "run")))
     assert not [*(tmp_path / "run").glob("checkpoints/*")]

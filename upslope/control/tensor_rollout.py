@@ -196,10 +196,8 @@ def to_space(space: spaces.Space, action: Tensor) -> Tensor:
     if isinstance(space, spaces.Box):
         low, high = (torch.from_numpy(bound.reshape(-1)) for bound in (space.low, space.high))
         return action.clamp(low, high).to(low.dtype).reshape(-1, *space.shape)
-    if isinstance(space, spaces.Discrete):
-        return action + int(space.start) if space.start else action
-    if isinstance(space, spaces.MultiDiscrete):
-        return action + torch.from_numpy(space.start)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return action + torch.as_tensor(space.start)
     return action.to(torch.int8).reshape(-1, *space.shape)
 
 
