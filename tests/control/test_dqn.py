@@ -81,26 +81,6 @@ def test_observations_are_learned_from_as_they_are_acted_on() -> None:
         np.testing.assert_allclose(found.numpy(), np.clip(scaled, -1.5, 1.5), rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_are_of_what_was_seen_where_an_environment_uses_its_memory_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = small(normalize=normalization.Config(observation=True), train_interval=4)
-    expected, _ = begun(config, 10)
-    step, memory = environments.Environments.step, np.zeros((1, 4), np.float32)
-
-    def again(envs: environments.Environments, action: np.ndarray) -> environments.Transition:
-        given = step(envs, action)
-        memory[:] = given.observation
-        return given._replace(observation=memory)
-
-    monkeypatch.setattr(environments.Environments, "step", again)
-    found, _ = begun(config, 10)
-    for one, other in zip(
-        found.world.normalizer.observation[""], expected.world.normalizer.observation[""], strict=True
-    ):
-        assert torch.equal(one, other)
-
-
 def forward(net: Net, theta: torch.Tensor, observation: np.ndarray) -> np.ndarray:
     """Q by NumPy, float64: two relu layers and a linear one."""
     views = [view.double().numpy() for view in net.views(theta.detach()).values()]

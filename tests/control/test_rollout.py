@@ -173,6 +173,33 @@ def test_native_vector_environment_gives_the_scalar_environments_transitions() -
     assert ends > 5
 
 
+def test_what_a_native_vector_gave_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the vector uses the memory of its observations, rewards and ends again."""
+    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+    def rows() -> list[Any]:
+        envs, first = environments.make(Config("CartPole-v1", 4, "native"), 5)
+        return [first, *(part for _ in range(40) for part in envs.step(np.ones(4, np.int64))[:5])]
+
+    expected = [part.copy() for part in rows()]
+    memory: dict[int, np.ndarray] = {}
+
+    def again(place: int, given: np.ndarray) -> np.ndarray:
+        memory.setdefault(place, given.copy())[:] = given
+        return memory[place]
+
+    step, reset = CartPoleVectorEnv.step, CartPoleVectorEnv.reset
+    monkeypatch.setattr(
+        CartPoleVectorEnv, "step",
+        lambda envs, action: tuple(again(k, x) if k < 4 else x for k, x in enumerate(step(envs, action))),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        CartPoleVectorEnv, "reset", lambda envs, **given: (again(0, reset(envs, **given)[0]), {})
+    )  # fmt: skip
+    for one, other in zip(rows(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_native_state_and_generator_come_back() -> None:
     config = Config("CartPole-v1", 4, "native")
     envs, _ = environments.make(config, 5)

@@ -194,7 +194,8 @@ class Environments:
         if isinstance(self.envs, AsyncVectorEnv):
             self.envs.reset_async(seed, options)
             return self.envs.reset_wait(timeout=STEP_TIMEOUT)
-        return self.envs.reset(seed=seed, options=options)
+        observation, infos = self.envs.reset(seed=seed, options=options)
+        return self._own(observation), infos
 
     def _advance(self, action: Any) -> tuple[Any, ...]:
         if isinstance(self.envs, AsyncVectorEnv):
@@ -205,7 +206,14 @@ class Environments:
                 for note in getattr(error.args[0] if error.args else None, "__notes__", ()):
                     error.add_note(note)
                 raise
-        return self.envs.step(action)
+        *arrays, infos = self.envs.step(action)
+        return *map(self._own, arrays), infos
+
+    def _own(self, given: Observation) -> Observation:
+        """What stays as it is: an id's own vector may use the memory of what it gave again."""
+        if self.kind != "native":
+            return given
+        return {key: part.copy() for key, part in given.items()} if isinstance(given, dict) else np.array(given)
 
     def _episode_seed(self, index: int) -> int:
         return episodes.episode_seed(

@@ -8,7 +8,6 @@ import torch
 from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from upslope.control import environments, learner, normalization, optimizers, replay, rollout
 from upslope.control.agent import Agent
@@ -136,8 +135,7 @@ def collect(choose: Choose, state: State, config: Config, length: int) -> State:
             action = choose(state, sight(world, raw, config), t).detach().numpy()
         else:
             action = state.action
-        # kept until the iteration's end, while an environment may use its memory again
-        before = pytree.tree_map(torch.clone, to_tensors(raw)) if normalize.observation else None
+        before = to_tensors(raw) if normalize.observation else None
         step = world.envs.step(action)
         returns += step.reward
         lengths += 1 if step.valid is None else step.valid
