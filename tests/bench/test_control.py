@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from upslope.bench import control
 from upslope.bench.control import Options, Result, Timed, Workload
+from upslope.control import ahead, program
 from upslope.control.environments import Environments
+from upslope.control.parameters import Net
 
 
 def test_ratios_are_of_pairs_and_stand_in_table_page_and_picture(
@@ -53,6 +57,23 @@ def test_a_run_is_timed_and_its_time_adds_up(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(timed.shares.values()) == pytest.approx(1.0, abs=0.02)
     assert {"environment", "inference", "update", "logging"} <= timed.shares.keys()
     assert min(timed.shares["environment"], timed.shares["inference"], timed.shares["update"]) > 0.05
+
+
+@pytest.mark.parametrize("vector", ["tensor", "auto"])
+@pytest.mark.parametrize(("name", "steps"), [("W1", 3 * 256), ("W4", 1_300)])
+def test_a_profile_knows_the_program(name: str, vector: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compiled runs, here as they stand."""
+    plain: Any = lambda function, **options: function  # noqa: E731
+    monkeypatch.setattr(ahead, "compiled", plain)
+    monkeypatch.setattr(program, "compiled", plain)
+
+    def gradient(net: Net, objective: Any, theta: torch.Tensor, *inputs: Any) -> Any:
+        found, (value, extra) = torch.func.grad_and_value(objective, has_aux=True)(theta, *inputs)
+        return found.detach(), value, extra
+
+    monkeypatch.setattr(Net, "gradient", gradient)
+    small = next(w for w in control.WORKLOADS if w.name == name)._replace(steps=steps)
+    assert control.train(small, vector, 1).shares["program"] > 0.2
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class Walk:
     """Actions 2, 3, 4 go -1, 0, 1 and a chance below 0.1; reward |at|; ends at ±3.
 
     `wrong` is where something is NaN or infinite: "reward" or "observation", from the fourth step of an episode on, or
-    the "final observation", which is never acted on.
+    the "final observation", which is never acted on; or the "state", and with it both.
     """
 
     time_limit: int
@@ -37,6 +37,7 @@ class Walk:
 
     def step(self, state: Place, action: Tensor, noise: Tensor) -> tuple[Place, Tensor, Tensor, Tensor]:
         after = Place(state.at + (action - 3) + 0.1 * noise[..., 0], state.time + 1)
+        after = after._replace(at=torch.where(self._bad(after, "state"), self.value, after.at))
         reward = torch.where(self._bad(after, "reward"), self.value, after.at.abs())
         return after, reward, after.at.abs() >= 3, after.time >= self.time_limit
 

@@ -192,13 +192,14 @@ def test_a_rollout_acts_in_the_space_and_sees_the_default_type() -> None:
     assert envs.episode.min() > 1
 
 
-@pytest.mark.parametrize("wrong", ["reward", "observation", "final observation"])
+@pytest.mark.parametrize("wrong", ["reward", "observation", "final observation", "state"])
 def test_a_rollout_refuses_what_is_not_finite(wrong: str) -> None:
-    config = environments.Config(OWN, 3, "tensor", kwargs={"wrong": wrong, "value": np.inf})
+    config = environments.Config(OWN, 3, "tensor", kwargs={"wrong": wrong, "value": np.nan})
     begun = rollout.begin(config, normalization.Config(), seed=5)
     net = Net(networks.Config(hidden=(8,)).build(begun.envs.observation_space, begun.envs.action_space, seed=2))
     step = "\\d+" if wrong.startswith("final") else "4"
-    told = f"a NaN or infinite {wrong.split()[-1]} in environment [012] at step {step} of its episode 0"
+    what = "reward" if wrong == "reward" else "observation"
+    told = f"a NaN or infinite {what} in environment [012] at step {step} of its episode 0"
     with pytest.raises(ValueError, match=told):
         played(begun, net, net.bind(net.initial()), 20)
 
@@ -231,6 +232,11 @@ class Scalar(Walk):
         return after, reward.sum(), *ends
 
 
+class Informed(Walk):
+    def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        return *super().step(state, action, noise), {}
+
+
 class Counting(Walk):
     def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
         *rest, truncated = super().step(state, action, noise)
@@ -247,7 +253,8 @@ class Narrow(Walk):
     [
         (Drifting, "Drifting.step: at is torch.float32 [3], allowed: a tensor [3] of torch.float64"),
         (Timeless, "Timeless.reset gives Tensor, allowed: a NamedTuple with `time` in it"),
-        (Scalar, "Scalar.step: the reward is torch.float64 [], allowed: a tensor [3] of torch.float32 or torch.float"),
+        (Scalar, "Scalar.step: the reward is torch.float64 [], allowed: a tensor [3] of any type"),
+        (Informed, "Informed.step gives 5 values, allowed: state, reward, terminated, truncated"),
         (Counting, "Counting.step: truncated is torch.int64 [3], allowed: a tensor [3] of torch.bool"),
         (Narrow, "Narrow.observe: the result is torch.float64 [3, 1], allowed: a tensor [3, 2] of any type"),
     ],

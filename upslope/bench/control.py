@@ -212,7 +212,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (  # where a name is looked up when it
     (fast_dqn, "take", "program"),
     (fast_dqn, "foresee", "noise"),
     (tensor_rollout, "draw", "noise"),
-    (program, "_moved", "program"),
+    (program, "_ran", "program"),
     (trpo, "update", "update"),
     (learner, "report", "logging"),
     (offpolicy, "report", "logging"),

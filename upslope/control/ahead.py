@@ -240,7 +240,7 @@ def _trace(function: Callable[..., Any], inputs: Any) -> tuple[Any, list[Tensor]
     try:
         with torch.no_grad():
             result = torch.compile(_copy(function), backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    except torch._dynamo.exc.Unsupported as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         error.add_note("Not everything here can be in a compiled program. With --no-compile the run is as it stands.")
         raise
     return *found.pop(), result  # Dynamo keeps the backend, which is to keep nothing else

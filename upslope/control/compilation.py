@@ -50,6 +50,8 @@ def cache() -> Path:
 def decide(session: Run, config: Any, saves: float, obstacle: str | None) -> bool:
     """Is this run compiled? As the settings say, as it was before a resume, or if that pays. The reason is logged.
 
+    A session is asked about once: what was decided stays.
+
     Args:
         session: the run; the answer is recorded in its checkpoints.
         config: the algorithm's settings.

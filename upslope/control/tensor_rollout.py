@@ -171,16 +171,18 @@ def collect(
 
 
 def _refuse_non_finite(world: World, log: Log) -> None:
-    """A return that is not finite tells of a reward that is not."""
-    for what, finite in (("reward", log.episode_return.isfinite()), ("observation", log.finite)):
-        if not finite.all():
-            t, i = (~finite.T).nonzero()[0].tolist()  # the first
-            episode = int(world.envs.episode[i] + log.ended[i, :t].sum())
-            raise ValueError(
-                f"{world.envs.config.id} gave a NaN or infinite {what} in environment {i} at step "
-                f"{int(log.episode_length[i, t])} of its episode {episode} (run seed {world.envs.seed}); nothing that "
-                "was trained on it is kept, the checkpoints written so far are"
-            )
+    """The first; a return that is not finite tells of a reward that is not."""
+    fine = log.finite & log.episode_return.isfinite()
+    if fine.all():
+        return
+    t, i = (~fine.T).nonzero()[0].tolist()
+    what, length = "reward" if log.finite[i, t] else "observation", int(log.episode_length[i, t])
+    begins = what == "observation" and length == 1  # before this step or after it
+    raise ValueError(
+        f"{world.envs.config.id} gave a NaN or infinite {what} in environment {i} at {'the reset or ' * begins}step "
+        f"{length} of its episode {int(world.envs.episode[i] + log.ended[i, :t].sum())} (run seed {world.envs.seed}); "
+        "nothing that was trained on it is kept, the checkpoints written so far are"
+    )
 
 
 def _scores(

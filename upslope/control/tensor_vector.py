@@ -52,8 +52,10 @@ class TensorVector(VectorEnv):
         step, reset = self._now()
         self.state: Any = environment.reset(reset)
         self.action_space.seed(0)
-        action = torch.from_numpy(self.action_space.sample())
-        tensor_environments.refuse_unsteady(environment, self.state, action, step, observation_space)
+        action = self.action_space.sample()
+        if isinstance(action, np.ndarray):  # else no network takes it
+            tried = torch.from_numpy(action)
+            tensor_environments.refuse_unsteady(environment, self.state, tried, step, observation_space)
 
     def noise(self, length: int) -> tuple[Float[Tensor, "length N step"], Float[Tensor, "length N reset"]]:
         """The uniform numbers of the next steps, and of the new episodes after each."""

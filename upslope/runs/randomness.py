@@ -64,7 +64,9 @@ class Blocks(Generic[T]):
     def at(self, position: int) -> T:
         block, place = divmod(position, self._length)
         if block != self._block:
-            self._draw_block(block)
+            self._block, self._drawn = -1, ()  # two blocks may be more than there is memory for
+            self._drawn = self._draw(generator(self._seed, *self._path, block), self._length)
+            self._block = block
         return self._drawn[place]
 
     def several(self, position: int, count: int) -> list[Sequence[T]]:
@@ -76,8 +78,3 @@ class Blocks(Generic[T]):
             parts.append(self._drawn[place : place + end - position])
             position += len(parts[-1])
         return parts
-
-    def _draw_block(self, block: int) -> None:
-        self._block, self._drawn = -1, ()  # two blocks may be more than there is memory for
-        self._drawn = self._draw(generator(self._seed, *self._path, block), self._length)
-        self._block = block
