@@ -1,6 +1,7 @@
 """Tensor environments are Gymnasium's, step for step; and a run on them is a run like any other."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.control.own_tensors import Place, Walk
+from tests.control.own_tensors import Place, Walk, WalkEnv
 from tests.control.test_kill import kill_when, same
 from tests.program import SMALL, command, succeed
-from upslope.control import environments, networks, normalization, rollout, tensor_environments, tensor_rollout
+from upslope.control import (
+    dqn,
+    environments,
+    fast_dqn,
+    fast_ppo,
+    networks,
+    normalization,
+    ppo,
+    rollout,
+    tensor_environments,
+    tensor_rollout,
+)
 from upslope.control.parameters import Net
+from upslope.runs import run as runs
 
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
 TABULAR = "upslope.exact.registration:upslope/"
@@ -262,6 +275,32 @@ class Narrow(Walk):
 def test_a_tensor_environment_that_is_none_is_refused(form: type, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         environments.make(environments.Config(OWN, 3, "tensor", kwargs={"form": form}), seed=5)
+
+
+class Looking(Walk):
+    def step(self, state: Place, action: torch.Tensor, noise: torch.Tensor) -> Any:
+        assert float(state.at.max()) < 99
+        return super().step(state, action, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("train", "config"),
+    [
+        (fast_ppo.train, ppo.PPO(rollout_length=8, minibatch_size=16, total_steps=16)),
+        (fast_dqn.train, dqn.DQN(train_interval=1, learning_starts=0, batch_size=4, total_steps=16)),
+    ],
+)
+def test_an_environment_that_cannot_be_traced_says_what_to_do(
+    train: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WalkEnv, "tensors", lambda env, limit: Looking(limit))
+    own = environments.Config(OWN, 2, "tensor")
+    options = runs.Config(compile=True, run_dir=tmp_path / "run", quiet=True)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as caught:
+        train(replace(config, environment=own, run=options))
+    assert any("With --no-compile the run is as it stands" in note for note in caught.value.__notes__)
+    train(replace(config, environment=own, run=replace(options, compile=False, run_dir=tmp_path / "plain")))
 
 
 @pytest.mark.slow
