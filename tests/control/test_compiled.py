@@ -65,6 +65,24 @@ def test_compiled_and_eager_agree_over_ten_updates(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("vectorization", "whiten"), [("tensor", False), ("native", True)])
+def test_a_gradient_in_parts_is_that_of_the_whole(
+    vectorization: str, whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minibatches of 32 in four parts, some of them with reset rows, beside whole ones that are not compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # kept programs are of parts of 512
+    monkeypatch.setattr(fast_ppo, "PART", 8)
+    config = settings(vectorization, whiten_advantages=whiten, clip_value=0.2)
+    eager, fast = (
+        trace(replace(config, run=replace(config.run, compile=answer)), monkeypatch) for answer in (False, True)
+    )
+    for (theta, numbers), (other, others) in zip(eager[:UPDATES], fast, strict=False):
+        torch.testing.assert_close(theta, other, rtol=0, atol=1e-4)
+        assert others["grad_norm"] == pytest.approx(numbers["grad_norm"], rel=1e-3)
+    assert (eager[0][0] - eager[-1][0]).abs().max() > 1e-3  # θ has moved
+
+
+@pytest.mark.slow
 def test_a_compiled_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
     """SIGKILL in the middle; what is resumed ends as the uninterrupted run, and is compiled as it was."""
     flags = (
@@ -100,6 +118,28 @@ def test_a_loop_is_the_same_in_a_program_and_two_are_apart() -> None:
             expected = 0.5 * expected + sign * x_t
         torch.testing.assert_close(last, expected)
         torch.testing.assert_close(rows, torch.stack(seen))
+
+
+@pytest.mark.slow
+def test_a_loop_without_outs_is_the_same_in_a_program_and_in_another_loop() -> None:
+    """The sum of the gradients of |x·y|²/2 over the x of a part, and a step down it."""
+
+    def total(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        return loop(lambda sum_, x: (sum_ + x * (x @ y), ()), torch.zeros_like(y), part)[0]
+
+    def descend(y: torch.Tensor, parts: torch.Tensor) -> Any:
+        return loop(lambda y, part: (y - 0.1 * total(y, part), (y.sum(),)), y, parts)
+
+    generator = torch.Generator().manual_seed(0)
+    y, parts = torch.randn(5, generator=generator), torch.randn(3, 4, 5, generator=generator)
+    torch.testing.assert_close(compiled(total)(y, parts[0]), parts[0].T @ (parts[0] @ y))
+    expected, sums = y, []
+    for part in parts:
+        sums.append(expected.sum())
+        expected = expected - 0.1 * part.T @ (part @ expected)
+    last, (rows,) = compiled(descend)(y, parts)
+    torch.testing.assert_close(last, expected)
+    torch.testing.assert_close(rows, torch.stack(sums))
 
 
 def test_what_cannot_be_compiled_says_why() -> None:

@@ -8,8 +8,10 @@ a loop whose body is compiled once. Where the environments are tensors the rollo
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from upslope.core import advantages, returns, statistics
 from upslope.runs.randomness import generator
 from upslope.runs.run import Run
 
+PART = 512  # rows whose layers stay in the second-level cache between forward and backward
 Given = tuple[float, float, float, Sequence[Int64[Tensor, " rows"]]]
 
 
@@ -41,14 +44,39 @@ def update(
     rate, clip_scale, beta, orders = given
 
     def step(now: tuple[Tensor, optimizers.State], rows: Int64[Tensor, " rows"]) -> Any:
-        minibatch = rollout.pick(batch, rows)
-        gradient, _, _ = net.gradient(ppo.objective, now[0], net, minibatch, config, clip_scale, beta)
+        gradient = slope(now[0], net, batch, rows, config, clip_scale, beta)
         theta, memory, norm = learner.ascend(*now, gradient, config, rate)
         return (theta, memory), (norm,)
 
     (theta, memory), (norms,) = loop(step, (state.theta, state.optimizer), orders)
     numbers = {"grad_norm": learner.number(norms.mean()), "gradient_steps": len(norms), "learning_rate": rate}
     return theta, memory, numbers | ppo.diagnose(theta, net, batch, config, clip_scale)
+
+
+def slope(
+    theta: Float[Tensor, " d"],
+    net: Net,
+    batch: rollout.Batch,
+    rows: Int64[Tensor, " rows"],
+    config: PPO,
+    clip_scale: float,
+    beta: float,
+) -> Float[Tensor, " d"]:
+    """The objective's gradient at these rows of the batch; of many, the mean over parts of them."""
+    minibatch = rollout.pick(batch, rows)
+    if len(rows) < 2 * PART or len(rows) % PART:
+        return net.gradient(ppo.objective, theta, net, minibatch, config, clip_scale, beta)[0]
+    psi = rollout.whitened(minibatch) if config.whiten_advantages else minibatch.psi  # over all, not over a part
+    settings, count = replace(config, whiten_advantages=False), rollout.counted(minibatch)
+
+    def add(total: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[()]]:
+        part = rollout.pick(batch, given[0])._replace(psi=given[1])
+        gradient, _, _ = net.gradient(ppo.objective, theta, net, part, settings, clip_scale, beta)
+        mine = rollout.counted(part)
+        share = PART / len(rows) if mine is None or count is None else mine / count
+        return total + share * gradient, ()
+
+    return loop(add, torch.zeros_like(theta), (rows.view(-1, PART), psi.view(-1, PART)))[0]
 
 
 def iterate(state: State, net: Net, given: Given, config: PPO) -> learner.Iteration:

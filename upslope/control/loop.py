@@ -52,7 +52,8 @@ def _scan(step: Callable[[Carry, Any], Any], carry: Carry, inputs: Any) -> tuple
     def body(now: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         copies = [part.clone() for part in now]
         after, outs = step(pytree.tree_unflatten(copies, form), pytree.tree_unflatten(list(parts), shape))
-        return pytree.tree_leaves(after), [out.clone() for out in outs]
+        # One more, for Inductor computes a scan without any wrongly within another, and not at all alone.
+        return pytree.tree_leaves(after), [*(out.clone() for out in outs), torch.zeros(())]
 
     last, rows = scan(body, begun, given)
-    return pytree.tree_unflatten(list(last), form), tuple(rows)
+    return pytree.tree_unflatten(list(last), form), tuple(rows[:-1])
