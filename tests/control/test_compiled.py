@@ -11,6 +11,7 @@ import torch
 from tests.control.test_kill import kill_when, same
 from tests.program import command, succeed
 from upslope.control import environments, fast_ppo, learner, networks, normalization, optimizers, ppo
+from upslope.control import loop as loop_module
 from upslope.control.ahead import compiled
 from upslope.control.loop import loop
 from upslope.control.parameters import Net
@@ -71,7 +72,7 @@ def test_a_gradient_in_parts_is_that_of_the_whole(
 ) -> None:
     """Minibatches of 32 in four parts, some of them with reset rows, beside whole ones that are not compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # kept programs are of parts of 512
-    monkeypatch.setattr(fast_ppo, "PART", 8)
+    monkeypatch.setattr(loop_module, "PART", 8)
     config = settings(vectorization, whiten_advantages=whiten, clip_value=0.2)
     eager, fast = (
         trace(replace(config, run=replace(config.run, compile=answer)), monkeypatch) for answer in (False, True)

@@ -75,7 +75,7 @@ def test_the_first_ratio_is_one(environment_id: str, state_dependent: bool, dtyp
             part = ppo.objective(state.theta, net, minibatch, config)[1]
             error = ((part.logp - minibatch.logp_old).exp() - 1).abs().max().item()
             assert error <= (1e-12 if dtype == torch.float64 else 1e-5)
-        assert ppo.diagnose(state.theta, net, batch, config)["clip_fraction"] == 0
+        assert ppo.diagnose(ppo.objective(state.theta, net, batch, config)[1], batch, config)["clip_fraction"] == 0
         state.world.envs.close()
     finally:
         torch.set_default_dtype(default)
@@ -315,7 +315,8 @@ def test_clip_fraction_is_measured_at_the_annealed_clip() -> None:
     rows = torch.ones_like(ratio, dtype=torch.bool) if batch.valid is None else batch.valid
     for scale in (1.0, 0.5):
         outside = ((ratio - 1).abs() > 0.2 * scale)[rows].double().mean().item()
-        found = ppo.diagnose(shaken, net, batch, config, clip_scale=scale)["clip_fraction"]
+        part = ppo.objective(shaken, net, batch, config, scale)[1]
+        found = ppo.diagnose(part, batch, config, clip_scale=scale)["clip_fraction"]
         assert found == pytest.approx(outside, abs=1e-6)
         assert 0 < outside < 1
 

@@ -18,14 +18,13 @@ from torch import Tensor
 from upslope.control import learner, optimizers, ppo, program, rollout
 from upslope.control.agent import Agent
 from upslope.control.learner import State
-from upslope.control.loop import loop
+from upslope.control.loop import apart, by_parts, loop
 from upslope.control.parameters import Net
 from upslope.control.ppo import PPO
 from upslope.core import advantages, returns, statistics
 from upslope.runs.randomness import generator
 from upslope.runs.run import Run
 
-PART = 512  # rows whose layers stay in the second-level cache between forward and backward
 Given = tuple[float, float, float, Sequence[Int64[Tensor, " rows"]]]
 
 
@@ -44,39 +43,40 @@ def update(
     rate, clip_scale, beta, orders = given
 
     def step(now: tuple[Tensor, optimizers.State], rows: Int64[Tensor, " rows"]) -> Any:
-        gradient = slope(now[0], net, batch, rows, config, clip_scale, beta)
+        gradient = slope(now[0], net, rollout.pick(batch, rows), config, clip_scale, beta)
         theta, memory, norm = learner.ascend(*now, gradient, config, rate)
         return (theta, memory), (norm,)
 
     (theta, memory), (norms,) = loop(step, (state.theta, state.optimizer), orders)
     numbers = {"grad_norm": learner.number(norms.mean()), "gradient_steps": len(norms), "learning_rate": rate}
-    return theta, memory, numbers | ppo.diagnose(theta, net, batch, config, clip_scale)
+    whole, settings = _whitened(batch, config)
+    with torch.no_grad():
+        terms = by_parts(lambda rows: ppo.objective(theta, net, rows, settings, clip_scale)[1], whole)
+    return theta, memory, numbers | ppo.diagnose(ppo.Terms(*terms), batch, config, clip_scale)
 
 
 def slope(
-    theta: Float[Tensor, " d"],
-    net: Net,
-    batch: rollout.Batch,
-    rows: Int64[Tensor, " rows"],
-    config: PPO,
-    clip_scale: float,
-    beta: float,
+    theta: Float[Tensor, " d"], net: Net, minibatch: rollout.Batch, config: PPO, clip_scale: float, beta: float
 ) -> Float[Tensor, " d"]:
-    """The objective's gradient at these rows of the batch; of many, the mean over parts of them."""
-    minibatch = rollout.pick(batch, rows)
-    if len(rows) < 2 * PART or len(rows) % PART:
+    """The objective's gradient; of a large minibatch the mean of its parts'."""
+    minibatch, config = _whitened(minibatch, config)
+    parts, count = apart(minibatch), rollout.counted(minibatch)
+    if parts is None:
         return net.gradient(ppo.objective, theta, net, minibatch, config, clip_scale, beta)[0]
-    psi = rollout.whitened(minibatch) if config.whiten_advantages else minibatch.psi  # over all, not over a part
-    settings, count = replace(config, whiten_advantages=False), rollout.counted(minibatch)
 
-    def add(total: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[()]]:
-        part = rollout.pick(batch, given[0])._replace(psi=given[1])
-        gradient, _, _ = net.gradient(ppo.objective, theta, net, part, settings, clip_scale, beta)
+    def add(total: Tensor, part: rollout.Batch) -> tuple[Tensor, tuple[()]]:
+        gradient, _, _ = net.gradient(ppo.objective, theta, net, part, config, clip_scale, beta)
         mine = rollout.counted(part)
-        share = PART / len(rows) if mine is None or count is None else mine / count
+        share = len(part.psi) / len(minibatch.psi) if mine is None or count is None else mine / count
         return total + share * gradient, ()
 
-    return loop(add, torch.zeros_like(theta), (rows.view(-1, PART), psi.view(-1, PART)))[0]
+    return loop(add, torch.zeros_like(theta), parts)[0]
+
+
+def _whitened(batch: rollout.Batch, config: PPO) -> tuple[rollout.Batch, PPO]:
+    """The batch with Ψ as the objective uses it, so that parts need no others; settings that leave Ψ as it is."""
+    psi = rollout.whitened(batch) if config.whiten_advantages else batch.psi
+    return batch._replace(psi=psi), replace(config, whiten_advantages=False)
 
 
 def iterate(state: State, net: Net, given: Given, config: PPO) -> learner.Iteration:

@@ -1,6 +1,6 @@
 """A loop that runs as it stands, and is one operation of a compiled program: its body is compiled once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Carry = TypeVar("Carry")
+Rows = TypeVar("Rows")
+PART = 512  # rows
 
 
 def loop(
@@ -24,12 +26,13 @@ def loop(
     Args:
         step: of the loop.
         carry: what it begins with; its shapes and types stay.
-        inputs: tensors, or a tuple of them, that are gone through along the first axis; outside also a list of any.
+        inputs: tensors, or a tuple of them and None, that are gone through along the first axis; outside also a list
+            of any.
     """
     if torch.compiler.is_compiling():
         return _scan(step, carry, inputs)
     rows = []
-    for given in inputs if isinstance(inputs, list) else _each(inputs):
+    for given in inputs if isinstance(inputs, list) else _each(*_flat(inputs)):
         done = step(carry, given)
         if done is None:
             break
@@ -38,20 +41,59 @@ def loop(
     return carry, tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _each(inputs: Any) -> Iterator[Any]:
-    leaves, tree = pytree.tree_flatten(inputs)
-    return (pytree.tree_unflatten(list(parts), tree) for parts in zip(*leaves, strict=True))
+def apart(rows: Rows) -> Rows | None:
+    """[B, ...] as [parts, 512, ...]: a network's layers of so many rows stay in the second-level cache.
+
+    None outside of programs, where that gains nothing, and where B is less than two parts or not a number of them.
+
+    Args:
+        rows: tensors [B, ...], or None in the place of one, in tuples and dicts.
+    """
+    tensors, whole = _flat(rows)
+    count = len(tensors[0])
+    if not torch.compiler.is_compiling() or count < 2 * PART or count % PART:
+        return None
+    return whole([part.reshape(-1, PART, *part.shape[1:]) for part in tensors])
+
+
+def by_parts(function: Callable[[Rows], tuple[Tensor, ...]], rows: Rows) -> tuple[Tensor, ...]:
+    """function(rows), each row by itself: in a program of one part after the other, where there are any.
+
+    >>> by_parts(lambda pair: (pair[0] + pair[1],), (torch.ones(3), torch.arange(3)))
+    (tensor([1., 2., 3.]),)
+    """
+    parts = apart(rows)
+    if parts is None:
+        return function(rows)
+    outs = loop(lambda nothing, part: (nothing, tuple(function(part))), torch.zeros(()), parts)[1]
+    return tuple(out.flatten(0, 1) for out in outs)
+
+
+def _flat(value: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Its tensors, and what puts others in their places; None stays where it is."""
+    leaves, tree = pytree.tree_flatten(value)
+    present = [leaf is not None for leaf in leaves]
+
+    def whole(tensors: Sequence[Tensor]) -> Any:
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if here else None for here in present], tree)
+
+    return [leaf for leaf in leaves if leaf is not None], whole
+
+
+def _each(tensors: list[Tensor], whole: Callable[[Sequence[Tensor]], Any]) -> Iterator[Any]:
+    return (whole(parts) for parts in zip(*tensors, strict=True))
 
 
 def _scan(step: Callable[[Carry, Any], Any], carry: Carry, inputs: Any) -> tuple[Carry, tuple[Tensor, ...]]:
     from torch._higher_order_ops.scan import scan
 
     begun, form = pytree.tree_flatten(carry)
-    given, shape = pytree.tree_flatten(inputs)
+    given, whole = _flat(inputs)
 
     def body(now: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         copies = [part.clone() for part in now]
-        after, outs = step(pytree.tree_unflatten(copies, form), pytree.tree_unflatten(list(parts), shape))
+        after, outs = step(pytree.tree_unflatten(copies, form), whole(parts))
         # One more, for Inductor computes a scan without any wrongly within another, and not at all alone.
         return pytree.tree_leaves(after), [*(out.clone() for out in outs), torch.zeros(())]
 

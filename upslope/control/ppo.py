@@ -93,12 +93,8 @@ def objective(
     return reductions.token_mean(each, batch.valid, rollout.counted(batch)), part
 
 
-@torch.no_grad()
-def diagnose(
-    theta: Float[Tensor, " d"], net: Net, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0
-) -> dict[str, float]:
+def diagnose(part: Terms, batch: rollout.Batch, config: PPO, clip_scale: float = 1.0) -> dict[str, float]:
     """What the update did, over the whole rollout: its terms, KL[π_old || π_θ] by k3, the share of clipped ratios."""
-    part = objective(theta, net, batch, config, clip_scale)[1]
     low, high = config.clip_low * clip_scale, config.clip_high * clip_scale
     clipped = learner.number(surrogates.clip_fraction(part.logp, batch.logp_old, low, high, batch.valid))
     return learner.means(part, batch.valid) | {"kl": learner.kl(part.logp, batch), "clip_fraction": clipped}
@@ -120,7 +116,8 @@ def update(
         theta, memory, norm = learner.ascend(theta, memory, gradient, config, rate)
         norms.append(norm)
     numbers = {"grad_norm": sum(norms) / max(len(norms), 1), "gradient_steps": len(norms), "learning_rate": rate}
-    numbers |= diagnose(theta, net, batch, config, clip_scale)
+    with torch.no_grad():
+        numbers |= diagnose(objective(theta, net, batch, config, clip_scale)[1], batch, config, clip_scale)
     return theta, memory, numbers | penalty.adapted(config.kl_penalty, beta, numbers["kl"])
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from upslope.control import memory, normalization, rollout, tensor_environments
-from upslope.control.loop import loop
+from upslope.control.loop import by_parts, loop
 from upslope.control.parameters import Net
 from upslope.control.rollout import Rollout, World
 from upslope.control.tensor_environments import TensorEnvironment
@@ -96,12 +96,17 @@ def play(
     after, rows = loop(step, begun, noise)
     row = _Row(*(part.transpose(0, 1) for part in rows))
     seen = see(row.raw)
-    logp, value = _scores(net, theta, seen, row.action)
-    following = see(row.successor).flatten(0, 1)
-    next_value = net(theta, following)[1] if net.module.shared else net.only("critic", theta, following)
+
+    def judge(rows: tuple[Any, Tensor, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        here, action, following = rows
+        policy, value = net(theta, here)
+        next_value = net(theta, following)[1] if net.module.shared else net.only("critic", theta, following)
+        return policy.log_prob(action), value, next_value
+
+    flat = memory.merge(seen), row.action.flatten(0, 1), memory.merge(see(row.successor))
+    logp, value, next_value = (part.view(row.reward.shape) for part in by_parts(judge, flat))
     data = Rollout(
-        seen, row.action, logp, value, next_value.view(value.shape), row.reward.to(value.dtype), row.terminated,
-        row.truncated, None,
+        seen, row.action, logp, value, next_value, row.reward.to(value.dtype), row.terminated, row.truncated, None
     )  # fmt: skip
     ended, fine = row.terminated | row.truncated, finite(row.raw, 2) & finite(row.successor, 2)
     return data, after, Log(row.raw, fine, ended, row.episode_return, row.episode_length)
@@ -183,14 +188,6 @@ def _refuse_non_finite(world: World, log: Log) -> None:
         f"{length} of its episode {int(world.envs.episode[i] + log.ended[i, :t].sum())} (run seed {world.envs.seed}); "
         "nothing that was trained on it is kept, the checkpoints written so far are"
     )
-
-
-def _scores(
-    net: Net, theta: Float[Tensor, " d"], seen: Tensor, action: Tensor
-) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
-    """log π(a|s) and V(s) of all rows at once."""
-    policy, value = net(theta, memory.merge(seen))
-    return policy.log_prob(action.flatten(0, 1)).view(action.shape[:2]), value.view(action.shape[:2])
 
 
 def to_space(space: spaces.Space, action: Tensor) -> Tensor:
