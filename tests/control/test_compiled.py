@@ -126,7 +126,7 @@ def test_a_loop_without_outs_is_the_same_in_a_program_and_in_another_loop() -> N
     """The sum of the gradients of |x·y|²/2 over the x of a part, and a step down it."""
 
     def total(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        return loop(lambda sum_, x: (sum_ + x * (x @ y), ()), torch.zeros_like(y), part)[0]
+        return loop_module.fold(lambda sum_, x: sum_ + x * (x @ y), torch.zeros_like(y), part)
 
     def descend(y: torch.Tensor, parts: torch.Tensor) -> Any:
         return loop(lambda y, part: (y - 0.1 * total(y, part), (y.sum(),)), y, parts)

@@ -18,7 +18,7 @@ from torch import Tensor
 from upslope.control import learner, optimizers, ppo, program, rollout
 from upslope.control.agent import Agent
 from upslope.control.learner import State
-from upslope.control.loop import apart, by_parts, loop
+from upslope.control.loop import apart, by_parts, fold, loop
 from upslope.control.parameters import Net
 from upslope.control.ppo import PPO
 from upslope.core import advantages, returns, statistics
@@ -64,13 +64,13 @@ def slope(
     if parts is None:
         return net.gradient(ppo.objective, theta, net, minibatch, config, clip_scale, beta)[0]
 
-    def add(total: Tensor, part: rollout.Batch) -> tuple[Tensor, tuple[()]]:
+    def add(total: Tensor, part: rollout.Batch) -> Tensor:
         gradient, _, _ = net.gradient(ppo.objective, theta, net, part, config, clip_scale, beta)
         mine = rollout.counted(part)
         share = len(part.psi) / len(minibatch.psi) if mine is None or count is None else mine / count
-        return total + share * gradient, ()
+        return total + share * gradient
 
-    return loop(add, torch.zeros_like(theta), parts)[0]
+    return fold(add, torch.zeros_like(theta), parts)
 
 
 def _whitened(batch: rollout.Batch, config: PPO) -> tuple[rollout.Batch, PPO]:

@@ -18,7 +18,7 @@ def loop(
     """`carry, outs = step(carry, input)` for each input; the last carry, and each out of all steps stacked.
 
     Inside a compiled program the step sees copies, so that it may write in place as it may outside. Outside it may
-    return None: the loop is over, and what this step did does not count.
+    return None: the loop is over, and what this step did does not count. Without outs it is a `fold`.
 
     >>> loop(lambda total, x: (total + x, (total * x,)), torch.tensor(0), torch.tensor([1, 2, 3]))
     (tensor(6), (tensor([0, 2, 9]),))
@@ -39,6 +39,17 @@ def loop(
         carry, outs = done
         rows.append([torch.as_tensor(out) for out in outs])
     return carry, tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def fold(step: Callable[[Carry, Any], Carry], carry: Carry, inputs: Any) -> Carry:
+    """A loop without outs: `carry = step(carry, input)` for each input; the last carry.
+
+    Inductor computes a scan without outs wrongly within another, and not at all alone: it has a 0 in a program.
+
+    >>> fold(lambda total, x: total + x, torch.tensor(0), torch.tensor([1, 2, 3]))
+    tensor(6)
+    """
+    return loop(lambda now, given: (step(now, given), (torch.zeros(()),)), carry, inputs)[0]
 
 
 def apart(rows: Rows) -> Rows | None:
@@ -94,8 +105,7 @@ def _scan(step: Callable[[Carry, Any], Any], carry: Carry, inputs: Any) -> tuple
     def body(now: list[Tensor], parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         copies = [part.clone() for part in now]
         after, outs = step(pytree.tree_unflatten(copies, form), whole(parts))
-        # One more, for Inductor computes a scan without any wrongly within another, and not at all alone.
-        return pytree.tree_leaves(after), [*(out.clone() for out in outs), torch.zeros(())]
+        return pytree.tree_leaves(after), [out.clone() for out in outs]
 
     last, rows = scan(body, begun, given)
-    return pytree.tree_unflatten(list(last), form), tuple(rows[:-1])
+    return pytree.tree_unflatten(list(last), form), tuple(rows)
