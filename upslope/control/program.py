@@ -111,7 +111,7 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
 
     def iteration(theta: Tensor, memory: optimizers.State, play: Any, given: Any) -> Any:
         tensors: Any = Tensors(*play, environment=environment, space=space, normalize=normalize)
-        return iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings)
+        return _told(*iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings))
 
     program = compiled(iteration, kept=lambda: compilation.remember(config))
 
@@ -135,7 +135,7 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
 
     def iteration(theta: Tensor, memory: optimizers.State, data: rollout.Rollout, given: Any) -> Any:
         world: Any = Collected(data)
-        return iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings)
+        return _told(*iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings))
 
     act = compiled(choice, loops=False, often=False)
     program = compiled(iteration, kept=lambda: compilation.remember(config))
@@ -148,15 +148,21 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
     return run
 
 
+def _told(theta: Tensor, memory: optimizers.State, world: Any, numbers: dict[str, Any]) -> Any:
+    """A program's results, all numbers in one tensor: each costs a handle and a call outside."""
+    flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (memory.step, *numbers.values())])
+    return theta, memory.memory, world, tuple(numbers), flat
+
+
 def _ran(program: Any, state: State, played: Any, given: Any) -> Any:
     """Run a program: another θ, the optimiser's memory, which is updated in place, the world, numbers."""
     step: Any = torch.tensor(state.optimizer.step, dtype=torch.float64)
     with torch.no_grad():
-        theta, memory, world, numbers = program(
+        theta, averages, world, names, flat = program(
             state.theta.detach(), optimizers.State(step, state.optimizer.memory), played, given
         )
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in numbers.values()]).tolist()
-    return theta, optimizers.State(int(memory.step), memory.memory), world, dict(zip(numbers, values, strict=True))
+    steps, *values = flat.tolist()
+    return theta, optimizers.State(int(steps), averages), world, dict(zip(names, values, strict=True))
 
 
 def _moved(
