@@ -180,7 +180,7 @@ class BatchedMDP:
         if torch.compiler.is_compiling():
             return self._hash(state.counter, stream)
         counter, (first, block) = int(state.counter), self._ahead[stream]
-        step = (counter - first) * pow(STRIDE, -1, 2**64) % 2**64
+        step = (counter - first) * PER_STRIDE % 2**64
         if step >= len(block):
             steps = max(1, min(AHEAD // self.batch, 2 * len(block))) if step == len(block) else 1
             counters = state.counter + torch.arange(steps).unsqueeze(-1) * _signed(STRIDE)
@@ -189,16 +189,20 @@ class BatchedMDP:
         return block[step]
 
     def _hash(self, counter: Int64[Tensor, "*steps"], stream: int) -> Float[Tensor, "*steps_batch"]:
-        bits = self._table["lanes"][stream] + counter
-        bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-        bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-        return (((bits ^ ((bits >> 31) & (2**33 - 1))) >> 11) & (2**53 - 1)).double() * 2.0**-53
+        bits = self._table["lanes"][stream] + counter  # its own memory, so what follows may write into it
+        bits ^= (bits >> 30).bitwise_and_(2**34 - 1)
+        bits *= _signed(0xBF58476D1CE4E5B9)
+        bits ^= (bits >> 27).bitwise_and_(2**37 - 1)
+        bits *= _signed(0x94D049BB133111EB)
+        bits ^= (bits >> 31).bitwise_and_(2**33 - 1)
+        return (bits >> 11).bitwise_and_(2**53 - 1).double().mul_(2.0**-53)
 
 
 WIDEST_ROW = 64
 STREAMS = 3  # transition, start, reward noise
 GOLDEN = 0x9E3779B97F4A7C15
 STRIDE = STREAMS * GOLDEN % 2**64  # of the counter, a step
+PER_STRIDE = pow(STRIDE, -1, 2**64)  # its inverse: steps of a counter's difference
 AHEAD = 2**16  # uniform numbers drawn at once
 
 
