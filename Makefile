@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format lint types imports docs fast bench mutation clean
+.PHONY: install demo test check format lint types imports docs fast slow bench mutation clean
 
 install: $(VENV)/.installed
 
@@ -22,9 +22,7 @@ demo: install  ## train PPO on CartPole to solved; a report and a film to look a
 	$(BIN)/upslope watch runs/demo --out runs/demo/episode.gif
 	$(BIN)/upslope report runs/demo
 
-test: install  ## all tests
-	$(BIN)/pytest -n $(JOBS) -m "not alone"
-	$(BIN)/pytest -n 0 -m alone tests
+test: fast slow  ## all tests
 
 check: format lint types imports docs fast  ## what CI checks before the whole test suite
 
@@ -46,6 +44,9 @@ docs: install
 fast: install
 	$(BIN)/pytest -n $(JOBS) -m "not slow and not alone"
 	$(BIN)/pytest -n 0 -m alone tests
+
+slow: install
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow tests
 
 bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta

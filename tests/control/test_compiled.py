@@ -10,7 +10,7 @@ import torch
 
 from tests.control.test_kill import kill_when, same
 from tests.program import command, succeed
-from upslope.control import environments, fast_ppo, learner, networks, normalization, optimizers, ppo
+from upslope.control import environments, fast_ppo, learner, networks, normalization, optimizers, penalty, ppo, rollout
 from upslope.control import loop as loop_module
 from upslope.control.ahead import compiled
 from upslope.control.loop import loop
@@ -18,6 +18,7 @@ from upslope.control.parameters import Net
 from upslope.runs import run as runs
 
 UPDATES = 10
+PENALTY = penalty.Config(coef=0.5)
 
 
 def settings(vectorization: str, environment: str = "CartPole-v1", **more: Any) -> ppo.PPO:
@@ -44,15 +45,19 @@ def trace(config: ppo.PPO, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.
 @pytest.mark.parametrize(
     ("vectorization", "environment", "more"),
     [
-        ("tensor", "Pendulum-v1", {"normalize": normalization.Config(observation=True)}),
+        # gradients, values and numbers of rows in parts of 8
+        ("tensor", "Pendulum-v1", {"normalize": normalization.Config(observation=True), "kl_penalty": PENALTY}),
         ("native", "CartPole-v1", {"clip_value": 0.2}),  # with reset rows
     ],
 )
 def test_compiled_and_eager_agree_over_ten_updates(
-    vectorization: str, environment: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    vectorization: str, environment: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same noise, the same θ and numbers to 1e-4. A graph break would be an error: programs are whole."""
     config = settings(vectorization, environment, **more)
+    if vectorization == "tensor":
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # kept programs are of parts of 512
+        monkeypatch.setattr(loop_module, "PART", 8)
     eager, fast = (
         trace(replace(config, run=replace(config.run, compile=answer)), monkeypatch) for answer in (False, True)
     )
@@ -65,22 +70,36 @@ def test_compiled_and_eager_agree_over_ten_updates(
     assert (eager[0][0] - eager[-1][0]).abs().max() > 1e-3  # θ has moved
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("vectorization", "whiten"), [("tensor", False), ("native", True)])
-def test_a_gradient_in_parts_is_that_of_the_whole(
-    vectorization: str, whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("valid", [None, 40, 3])
+@pytest.mark.parametrize(
+    ("environment", "more"),
+    [
+        ("Pendulum-v1", {"whiten_advantages": True, "clip_value": 0.2, "entropy_coef": 0.1}),
+        ("CartPole-v1", {"whiten_advantages": False, "kl_penalty": PENALTY}),
+        ("CartPole-v1", {"whiten_advantages": True, "minibatch_size": 64, "network": networks.Config(shared=True)}),
+    ],
+)
+def test_what_is_computed_in_parts_is_that_of_the_whole(
+    environment: str, more: dict[str, Any], valid: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Minibatches of 32 in four parts, some of them with reset rows, beside whole ones that are not compiled."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # kept programs are of parts of 512
-    monkeypatch.setattr(loop_module, "PART", 8)
-    config = settings(vectorization, whiten_advantages=whiten, clip_value=0.2)
-    eager, fast = (
-        trace(replace(config, run=replace(config.run, compile=answer)), monkeypatch) for answer in (False, True)
-    )
-    for (theta, numbers), (other, others) in zip(eager[:UPDATES], fast, strict=False):
-        torch.testing.assert_close(theta, other, rtol=0, atol=1e-4)
-        assert others["grad_norm"] == pytest.approx(numbers["grad_norm"], rel=1e-3)
-    assert (eager[0][0] - eager[-1][0]).abs().max() > 1e-3  # θ has moved
+    """A rollout and an update, of parts of 8 rows and undivided; with 3 valid rows most parts have none that counts."""
+    config = replace(settings("tensor", environment), normalize=normalization.Config(observation=True), **more)
+    counts = None if valid is None else torch.randperm(64, generator=torch.Generator().manual_seed(1)) < valid
+    found = []
+    for part in (8, 512):
+        monkeypatch.setattr(loop_module, "PART", part)
+        with runs.Run("ppo", config, config.total_steps) as session:
+            state, net = learner.start(config, session, None)
+            data, _ = learner.collect(net, state, config, config.rollout_length)
+            batch = rollout.flatten(data, data.reward, value_target=data.reward + data.value)._replace(valid=counts)
+            theta, _, numbers = fast_ppo.update(state, net, batch, config, fast_ppo.give(state, config))
+        found.append((data, theta.clone(), {name: float(value) for name, value in numbers.items()}))
+    (data, theta, numbers), (others_data, other, others) = found
+    for name in ("logp", "value", "next_value"):
+        torch.testing.assert_close(getattr(data, name), getattr(others_data, name))
+    torch.testing.assert_close(theta, other, rtol=0, atol=2e-5)
+    assert numbers == pytest.approx(others, rel=1e-4, abs=1e-6)
+    assert ("kl_coef" in numbers) == ("kl_penalty" in more)
 
 
 @pytest.mark.slow
@@ -133,12 +152,12 @@ def test_a_loop_without_outs_is_the_same_in_a_program_and_in_another_loop() -> N
 
     generator = torch.Generator().manual_seed(0)
     y, parts = torch.randn(5, generator=generator), torch.randn(3, 4, 5, generator=generator)
-    torch.testing.assert_close(compiled(total)(y, parts[0]), parts[0].T @ (parts[0] @ y))
     expected, sums = y, []
     for part in parts:
         sums.append(expected.sum())
         expected = expected - 0.1 * part.T @ (part @ expected)
-    last, (rows,) = compiled(descend)(y, parts)
+    first, (last, (rows,)) = compiled(lambda y, parts: (total(y, parts[0]), descend(y, parts)))(y, parts)
+    torch.testing.assert_close(first, parts[0].T @ (parts[0] @ y))
     torch.testing.assert_close(last, expected)
     torch.testing.assert_close(rows, torch.stack(sums))
 

@@ -166,7 +166,7 @@ def test_it_compiles_in_principle():
 
 @pytest.mark.alone
 def test_five_million_transitions_a_second():
-    """1,024 chains on one core: the best of short runs, for up to a minute, as other programs slow the core by turns."""
+    """1,024 chains on one core: the best of short runs, for up to a minute, as others slow the core by turns."""
     mdp = zoo.random_mdp(np.random.default_rng(9), 1000, 4, 10, gamma=0.9)
     chains, threads = BatchedMDP(mdp, 1024), torch.get_num_threads()
     actions = torch.randint(0, 4, (64, 1024), generator=torch.Generator().manual_seed(0))

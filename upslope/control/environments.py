@@ -168,7 +168,7 @@ class Environments:
             if self.autoreset != AutoresetMode.NEXT_STEP:
                 self._refuse_non_finite(observation, None)
         if self.config.atari is not None and self.config.atari.episodic_life and "lives" in infos:
-            lives = np.asarray(infos["lives"])
+            lives = np.array(infos["lives"])  # a native environment may write there again
             terminated = terminated | ((lives < self._lives) & ~ended & (True if valid is None else valid))
             self._lives = lives
         self._refuse_no_action(observation)

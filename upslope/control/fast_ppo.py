@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from upslope.control import learner, optimizers, ppo, program, rollout
+from upslope.control import learner, optimizers, penalty, ppo, program, rollout
 from upslope.control.agent import Agent
 from upslope.control.learner import State
-from upslope.control.loop import apart, by_parts, fold, loop
+from upslope.control.loop import by_parts, fold, in_parts, loop
 from upslope.control.parameters import Net
 from upslope.control.ppo import PPO
 from upslope.core import advantages, returns, statistics
@@ -52,7 +52,8 @@ def update(
     whole, settings = _whitened(batch, config)
     with torch.no_grad():
         terms = by_parts(lambda rows: ppo.objective(theta, net, rows, settings, clip_scale)[1], whole)
-    return theta, memory, numbers | ppo.diagnose(ppo.Terms(*terms), batch, config, clip_scale)
+    numbers |= ppo.diagnose(ppo.Terms(*terms), batch, config, clip_scale)
+    return theta, memory, numbers | penalty.adapted(config.kl_penalty, beta, numbers["kl"])
 
 
 def slope(
@@ -60,7 +61,7 @@ def slope(
 ) -> Float[Tensor, " d"]:
     """The objective's gradient; of a large minibatch the mean of its parts'."""
     minibatch, config = _whitened(minibatch, config)
-    parts, count = apart(minibatch), rollout.counted(minibatch)
+    parts, count = in_parts(minibatch), rollout.counted(minibatch)
     if parts is None:
         return net.gradient(ppo.objective, theta, net, minibatch, config, clip_scale, beta)[0]
 

@@ -44,7 +44,7 @@ def loop(
 def fold(step: Callable[[Carry, Any], Carry], carry: Carry, inputs: Any) -> Carry:
     """A loop without outs: `carry = step(carry, input)` for each input; the last carry.
 
-    Inductor computes a scan without outs wrongly within another, and not at all alone: it has a 0 in a program.
+    Inductor computes a scan without outs wrongly within another, and not at all alone: so it has a 0 for an out.
 
     >>> fold(lambda total, x: total + x, torch.tensor(0), torch.tensor([1, 2, 3]))
     tensor(6)
@@ -52,28 +52,28 @@ def fold(step: Callable[[Carry, Any], Carry], carry: Carry, inputs: Any) -> Carr
     return loop(lambda now, given: (step(now, given), (torch.zeros(()),)), carry, inputs)[0]
 
 
-def apart(rows: Rows) -> Rows | None:
+def in_parts(rows: Rows) -> Rows | None:
     """[B, ...] as [parts, 512, ...]: a network's layers of so many rows stay in the second-level cache.
 
-    None outside of programs, where that gains nothing, and where B is less than two parts or not a number of them.
+    None where B is less than 1,024 or not a multiple of 512.
 
     Args:
         rows: tensors [B, ...], or None in the place of one, in tuples and dicts.
     """
     tensors, whole = _flat(rows)
     count = len(tensors[0])
-    if not torch.compiler.is_compiling() or count < 2 * PART or count % PART:
+    if count < 2 * PART or count % PART:
         return None
-    return whole([part.reshape(-1, PART, *part.shape[1:]) for part in tensors])
+    return whole([part.unflatten(0, (-1, PART)) for part in tensors])
 
 
 def by_parts(function: Callable[[Rows], tuple[Tensor, ...]], rows: Rows) -> tuple[Tensor, ...]:
-    """function(rows), each row by itself: in a program of one part after the other, where there are any.
+    """function(rows), each row by itself: of one part after the other, where there are any.
 
     >>> by_parts(lambda pair: (pair[0] + pair[1],), (torch.ones(3), torch.arange(3)))
     (tensor([1., 2., 3.]),)
     """
-    parts = apart(rows)
+    parts = in_parts(rows)
     if parts is None:
         return function(rows)
     outs = loop(lambda nothing, part: (nothing, tuple(function(part))), torch.zeros(()), parts)[1]

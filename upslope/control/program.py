@@ -111,7 +111,7 @@ def _whole(iterate: Any, give: Any, net: Net, config: Any, world: rollout.World)
 
     def iteration(theta: Tensor, memory: optimizers.State, play: Any, given: Any) -> Any:
         tensors: Any = Tensors(*play, environment=environment, space=space, normalize=normalize)
-        return _told(*iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings))
+        return _packed(*iterate(State(theta, memory, tensors, 0, 0, {}), pure, given, settings))
 
     program = compiled(iteration, kept=lambda: compilation.remember(config))
 
@@ -135,7 +135,7 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
 
     def iteration(theta: Tensor, memory: optimizers.State, data: rollout.Rollout, given: Any) -> Any:
         world: Any = Collected(data)
-        return _told(*iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings))
+        return _packed(*iterate(State(theta, memory, world, 0, 0, {}), pure, given, settings))
 
     act = compiled(choice, loops=False, often=False)
     program = compiled(iteration, kept=lambda: compilation.remember(config))
@@ -148,7 +148,7 @@ def _learning(iterate: Any, give: Any, net: Net, config: Any) -> Callable[[State
     return run
 
 
-def _told(theta: Tensor, memory: optimizers.State, world: Any, numbers: dict[str, Any]) -> Any:
+def _packed(theta: Tensor, memory: optimizers.State, world: Any, numbers: dict[str, Any]) -> Any:
     """A program's results, all numbers in one tensor: each costs a handle and a call outside."""
     flat = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in (memory.step, *numbers.values())])
     return theta, memory.memory, world, tuple(numbers), flat
