@@ -141,8 +141,9 @@ def test_a_loop_is_the_same_in_a_program_and_two_are_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_without_outs_is_the_same_in_a_program_and_in_another_loop() -> None:
-    """The sum of the gradients of |x·y|²/2 over the x of a part, and a step down it."""
+def test_loops_are_the_same_in_a_program() -> None:
+    """One without outs, in another: the sum of the gradients of |x·y|²/2 over the x of a part, and a step down it. One
+    whose turns exchange what they carry, turn it round, leave it, write into it, and have it read by a loop within."""
 
     def total(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         return loop_module.fold(lambda sum_, x: sum_ + x * (x @ y), torch.zeros_like(y), part)
@@ -150,16 +151,34 @@ def test_a_loop_without_outs_is_the_same_in_a_program_and_in_another_loop() -> N
     def descend(y: torch.Tensor, parts: torch.Tensor) -> Any:
         return loop(lambda y, part: (y - 0.1 * total(y, part), (y.sum(),)), y, parts)
 
+    def exchange(y: torch.Tensor, parts: torch.Tensor) -> Any:
+        def turn(now: Any, part: torch.Tensor) -> Any:
+            a, b, square, still, counts = now
+            counts[1] += 1
+            inner = loop(lambda s, x: (s + x @ a, (x * b,)), a.sum(), part)
+            return (b, a + inner[0], square.T.contiguous(), still, counts), (inner[1][0].sum(0), square[0])
+
+        square = torch.arange(4.0).view(2, 2)
+        return loop(turn, (y, 2 * y, square, y.flip(0), torch.zeros(3)), parts)
+
     generator = torch.Generator().manual_seed(0)
     y, parts = torch.randn(5, generator=generator), torch.randn(3, 4, 5, generator=generator)
     expected, sums = y, []
     for part in parts:
         sums.append(expected.sum())
         expected = expected - 0.1 * part.T @ (part @ expected)
-    first, (last, (rows,)) = compiled(lambda y, parts: (total(y, parts[0]), descend(y, parts)))(y, parts)
+    program = compiled(lambda y, parts: (total(y, parts[0]), descend(y, parts), exchange(y, parts)))
+    first, (last, (rows,)), (carry, outs) = program(y, parts)
     torch.testing.assert_close(first, parts[0].T @ (parts[0] @ y))
     torch.testing.assert_close(last, expected)
     torch.testing.assert_close(rows, torch.stack(sums))
+    a, b, square = y, 2 * y, torch.arange(4.0).view(2, 2)
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(outs[0][i], (part * b).sum(0))
+        torch.testing.assert_close(outs[1][i], square[0])
+        a, b, square = b, a + a.sum() + (part @ a).sum(), square.T
+    for found, expected in zip(carry, (a, b, square, y.flip(0), torch.tensor([0.0, 3.0, 0.0])), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_cannot_be_compiled_says_why() -> None:

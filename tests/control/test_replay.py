@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from upslope.control import environments, native, replay
+from upslope.control import environments, native, replay, sum_tree
 from upslope.control.replay import Replay
 from upslope.control.sum_tree import SumTree
 from upslope.runs import checkpoint
@@ -340,7 +340,7 @@ COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"
 
 @COMPILER
 def test_the_tree_is_compiled_where_there_is_a_compiler() -> None:
-    assert native.library() is not None
+    assert native.library(sum_tree.SOURCE, sum_tree.FLAGS) is not None
 
 
 @COMPILER
@@ -381,7 +381,7 @@ def test_without_a_compiler_numpy_does_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     try:
         tree = SumTree(100)
         tree.set(np.array([7]), 2.0)
-        assert native.library() is None
+        assert native.library(sum_tree.SOURCE, sum_tree.FLAGS) is None
         assert tree.find(np.array([0.3])).tolist() == [7]
     finally:
         native.library.cache_clear()

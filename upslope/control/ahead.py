@@ -16,6 +16,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upslope.control import compilation, compiler, fingerprints
+from upslope.control import caching_allocator, compilation, compiler, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +126,15 @@ def _load_or_make(
 ) -> Program:  # fmt: skip
     if len({id(leaf) for leaf in leaves}) < len(leaves):
         raise ValueError("one tensor in two places: which is it later?")
-    key = fingerprints.key(function, inputs, loops, often, compilation.onednn_pays())
-    folder = compilation.cache() / "upslope" / "programs"
-    place = None if key is None else folder / key
-    program = None if place is None or not place.exists() else _load_kept(place)
-    if program is None:
-        program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(caching_allocator.library)  # a second of a compiler
+        key = fingerprints.key(function, inputs, loops, often, compilation.onednn_pays())
+        folder = compilation.cache() / "upslope" / "programs"
+        place = None if key is None else folder / key
+        program = None if place is None or not place.exists() else _load_kept(place)
+        if program is None:
+            program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
+    caching_allocator.install()
     if place is not None and kept is not None:
         kept()
     return program

@@ -1,4 +1,5 @@
-"""Inductor with less to do: object files side by side, fewer dry runs, a gradient's parts computed in the gradient."""
+"""Inductor with less to do: object files side by side, fewer dry runs; in its programs a gradient's parts are computed
+in the gradient, and a loop's turn is lent what it reads."""
 
 import contextlib
 import math
@@ -17,6 +18,26 @@ class Started(NamedTuple):
     command: list[str]
     process: subprocess.Popen
     output: IO[bytes]
+
+
+LENT = """
+struct Lent {  // a tensor that another owns for longer
+  AtenTensorHandle handle;
+  operator AtenTensorHandle() const { return handle; }
+  AtenTensorHandle get() const { return handle; }
+  void* data_ptr() const {
+    void* data;
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    return data;
+  }
+  void reset() {}
+};
+inline AtenTensorHandle another(AtenTensorHandle of) {
+  AtenTensorHandle handle;
+  AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors_out(of, &handle));
+  return handle;
+}
+"""
 
 
 @contextlib.contextmanager
@@ -51,7 +72,8 @@ def hurried() -> Iterator[None]:
     VecISA.check_build = lambda self, code: code not in tried or check(self, code)  # type: ignore[method-assign]
     concat.realize_into = classmethod(lambda cls, part, whole: _within(part, whole) or realize(part, whole))
     try:
-        yield
+        with _lending():
+            yield
     finally:
         concat.realize_into = realize
         cpp_builder.run_compile_cmd, VecISA.check_build = run, check  # type: ignore[method-assign]
@@ -60,6 +82,64 @@ def hurried() -> Iterator[None]:
                 os.killpg(left.process.pid, signal.SIGTERM)  # the compiler itself is a child of the one that was called
             left.process.wait()
             left.output.close()
+
+
+@contextlib.contextmanager
+def _lending() -> Iterator[None]:
+    """Within it a loop's condition and body are lent the tensors that they take.
+
+    By itself Inductor makes another handle of each tensor for each of the two at every turn: an eighth of PPO's program
+    with four tensor CartPoles. A tensor that is also a result in another place still gets one.
+    """
+    from torch._inductor import ir
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    wrapper: Any = CppWrapperCpu
+    prefix, suffix = wrapper.codegen_subgraph_prefix, wrapper.codegen_subgraph_suffix
+    defined: list[Any] = []  # in which files
+
+    def lend(self: Any, subgraph: Any, given: list[str], taken: list[str]) -> None:
+        if self not in defined:
+            defined.append(self)
+            self.header.splice(LENT)
+        graph, stay = subgraph.graph, _staying(subgraph.graph, given, taken)
+        leave = {out.get_name() for i, out in enumerate(graph.graph_outputs) if i not in stay and _is_tensor(out)}
+        for (name, value), place in zip(graph.graph_inputs.items(), given, strict=True):
+            if isinstance(value, ir.TensorBox):
+                own = name in leave or not place.isidentifier()
+                self.writeline(f"RAIIAtenTensorHandle {name}(another({place}));" if own else f"Lent {name}{{{place}}};")
+
+    def give_back(self: Any, subgraph: Any, given: list[str], taken: list[str]) -> None:
+        stay = _staying(subgraph.graph, given, taken)
+        for i, (out, place) in enumerate(zip(subgraph.graph.graph_outputs, taken, strict=True)):
+            if i not in stay:
+                value = f"std::move({out.codegen_reference()})" if _is_tensor(out) else out.codegen_reference()
+                self.writeline(f"{place} = {value};")
+
+    wrapper.codegen_subgraph_prefix, wrapper.codegen_subgraph_suffix = lend, give_back
+    try:
+        yield
+    finally:
+        wrapper.codegen_subgraph_prefix, wrapper.codegen_subgraph_suffix = prefix, suffix
+
+
+def _is_tensor(out: Any) -> bool:
+    from torch._inductor import ir
+
+    return not isinstance(out, ir.ShapeAsConstantBuffer)
+
+
+def _staying(graph: Any, given: list[str], taken: list[str]) -> set[int]:
+    """Which results of a loop's body are what it was given in that place, maybe written into."""
+    from torch._inductor import ir
+
+    places, stay = dict(zip(graph.graph_inputs, given, strict=True)), set()
+    for i, (out, place) in enumerate(zip(graph.graph_outputs, taken, strict=True)):
+        while isinstance(out, ir.TensorBox | ir.StorageBox):
+            out = out.data
+        if isinstance(out, ir.InputBuffer) and places[out.get_name()] == place:
+            stay.add(i)
+    return stay
 
 
 def _within(part: Any, whole: Any) -> Any:

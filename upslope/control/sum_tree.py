@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from jaxtyping import Float, Int64
 
 from upslope.control import native
 
+SOURCE = Path(__file__).with_name("sum_tree.cpp")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off")  # no fused multiply-add: sums are NumPy's
 FAN_OUT = 16  # children of a node
 TOP = 512  # nodes that are scanned at once instead of being given parents
 
@@ -102,7 +105,7 @@ class _Native:
 
     @classmethod
     def of(cls, levels: Sequence[np.ndarray], top: np.ndarray) -> "_Native | None":
-        functions = native.library()
+        functions = _functions()
         return None if functions is None else cls(functions, levels, top)
 
     def _make_room(self, count: int) -> None:
@@ -124,6 +127,17 @@ class _Native:
         self.value[:count] = share
         total = self.functions.find(*self.tree, len(self.sums), self.room, count)
         return self.index[:count].copy(), total
+
+
+def _functions() -> ctypes.CDLL | None:
+    """C++'s, the same sums as NumPy's; None without a compiler."""
+    functions = native.library(SOURCE, FLAGS)
+    if functions is not None:
+        long, pointer = ctypes.c_int64, ctypes.c_void_p
+        functions.set.argtypes = (pointer, long, long, pointer, long)
+        functions.find.argtypes = (pointer, long, long, pointer, long)
+        functions.set.restype, functions.find.restype = ctypes.c_bool, ctypes.c_double
+    return functions
 
 
 def _addresses(*arrays: np.ndarray) -> ctypes.Array[ctypes.c_void_p]:
