@@ -89,7 +89,8 @@ def _lending() -> Iterator[None]:
     """Within it a loop's condition and body are lent the tensors that they take.
 
     By itself Inductor makes another handle of each tensor for each of the two at every turn: an eighth of PPO's program
-    with four tensor CartPoles. A tensor that is also a result in another place still gets one.
+    with four tensor CartPoles. No result is a view of what was taken, PyTorch refuses such loops; one that is what was
+    taken in another place would not compile.
     """
     from torch._inductor import ir
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -102,44 +103,26 @@ def _lending() -> Iterator[None]:
         if self not in defined:
             defined.append(self)
             self.header.splice(LENT)
-        graph, stay = subgraph.graph, _staying(subgraph.graph, given, taken)
-        leave = {out.get_name() for i, out in enumerate(graph.graph_outputs) if i not in stay and _is_tensor(out)}
-        for (name, value), place in zip(graph.graph_inputs.items(), given, strict=True):
+        for (name, value), place in zip(subgraph.graph.graph_inputs.items(), given, strict=True):
             if isinstance(value, ir.TensorBox):
-                own = name in leave or not place.isidentifier()
-                self.writeline(f"RAIIAtenTensorHandle {name}(another({place}));" if own else f"Lent {name}{{{place}}};")
+                lent = place.isidentifier()  # and no expression
+                self.writeline(
+                    f"Lent {name}{{{place}}};" if lent else f"RAIIAtenTensorHandle {name}(another({place}));"
+                )
 
     def give_back(self: Any, subgraph: Any, given: list[str], taken: list[str]) -> None:
-        stay = _staying(subgraph.graph, given, taken)
-        for i, (out, place) in enumerate(zip(subgraph.graph.graph_outputs, taken, strict=True)):
-            if i not in stay:
-                value = f"std::move({out.codegen_reference()})" if _is_tensor(out) else out.codegen_reference()
-                self.writeline(f"{place} = {value};")
+        lent = list(zip(subgraph.graph.graph_inputs, given, strict=True))
+        for out, place in zip(subgraph.graph.graph_outputs, taken, strict=True):
+            value = out.codegen_reference()
+            if (value, place) not in lent:  # else it was written into
+                number = isinstance(out, ir.ShapeAsConstantBuffer)
+                self.writeline(f"{place} = {value};" if number else f"{place} = std::move({value});")
 
     wrapper.codegen_subgraph_prefix, wrapper.codegen_subgraph_suffix = lend, give_back
     try:
         yield
     finally:
         wrapper.codegen_subgraph_prefix, wrapper.codegen_subgraph_suffix = prefix, suffix
-
-
-def _is_tensor(out: Any) -> bool:
-    from torch._inductor import ir
-
-    return not isinstance(out, ir.ShapeAsConstantBuffer)
-
-
-def _staying(graph: Any, given: list[str], taken: list[str]) -> set[int]:
-    """Which results of a loop's body are what it was given in that place, maybe written into."""
-    from torch._inductor import ir
-
-    places, stay = dict(zip(graph.graph_inputs, given, strict=True)), set()
-    for i, (out, place) in enumerate(zip(graph.graph_outputs, taken, strict=True)):
-        while isinstance(out, ir.TensorBox | ir.StorageBox):
-            out = out.data
-        if isinstance(out, ir.InputBuffer) and places[out.get_name()] == place:
-            stay.add(i)
-    return stay
 
 
 def _within(part: Any, whole: Any) -> Any:
