@@ -65,7 +65,7 @@ assert before.tolist() == list(range(1000))
 @COMPILER
 def test_what_is_freed_is_the_next_ones_of_its_size() -> None:
     run(BEGIN + """
-for numbers in (1, 16, 17, 1000, 2**16):  # float32: 64 bytes are 16, the largest that are kept are 2**16
+for numbers in (1, 16, 17, 1000, 2**14):  # float32: 64 bytes are 16, the largest that are kept are 2**14
     torch.empty(numbers)
     tensor = torch.empty(numbers)
     place = tensor.data_ptr()
@@ -73,7 +73,7 @@ for numbers in (1, 16, 17, 1000, 2**16):  # float32: 64 bytes are 16, the larges
     assert torch.empty(numbers).data_ptr() == place
     other = torch.empty(numbers)
     assert other.data_ptr() == place and torch.empty(numbers).data_ptr() != place
-for bytes, size in ((1, 64), (64, 64), (65, 128), (128, 128), (2**18 - 1, 2**18), (2**18, 2**18), (2**18 + 1, 0)):
+for bytes, size in ((1, 64), (64, 64), (65, 128), (128, 128), (2**16 - 1, 2**16), (2**16, 2**16), (2**16 + 1, 0)):
     some = [torch.empty(bytes, dtype=torch.uint8) for _ in range(3)]
     before, places = kept(), {x.data_ptr() for x in some}
     del some

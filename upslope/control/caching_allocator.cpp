@@ -1,7 +1,7 @@
 // PyTorch's memory for tensors on the CPU, with small blocks kept for the next tensor of their size.
 //
 // PyTorch asks the C library for memory at a multiple of 64 bytes. glibc finds a larger block, cuts it and frees the
-// rest, which costs as much as the arithmetic of a small network. Here a block has one of 13 sizes, 64 bytes to 256 KiB;
+// rest, which costs as much as the arithmetic of a small network. Here a block has one of 11 sizes, 64 bytes to 64 KiB;
 // each thread keeps what it frees, up to 1 MiB of each size.
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -13,7 +13,7 @@
 namespace {
 
 constexpr size_t ALIGNMENT = 64, MOST_KEPT = size_t{1} << 20;  // bytes
-constexpr size_t SIZES = 13;
+constexpr size_t SIZES = 11;
 
 struct alignas(ALIGNMENT) Block {  // what stands before a tensor's memory
   Block* next;
