@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
+.NOTPARALLEL:  # speeds are measured while nothing else runs
 .PHONY: install demo test check format lint types imports docs fast slow bench mutation clean
 
 install: $(VENV)/.installed
@@ -46,7 +47,7 @@ fast: install
 	$(BIN)/pytest -n 0 -m alone tests
 
 slow: install
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow tests
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "slow and not alone" tests
 
 bench: install  ## speed, one pinned core; prints ratios
 	taskset -c 0 $(BIN)/python -m bench.theta

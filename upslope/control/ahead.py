@@ -126,15 +126,16 @@ def _load_or_make(
 ) -> Program:  # fmt: skip
     if len({id(leaf) for leaf in leaves}) < len(leaves):
         raise ValueError("one tensor in two places: which is it later?")
-    with ThreadPoolExecutor(1) as beside:
-        beside.submit(caching_allocator.library)  # a second of a compiler
-        key = fingerprints.key(function, inputs, loops, often, compilation.onednn_pays())
-        folder = compilation.cache() / "upslope" / "programs"
-        place = None if key is None else folder / key
-        program = None if place is None or not place.exists() else _load_kept(place)
-        if program is None:
+    key = fingerprints.key(function, inputs, loops, often, compilation.onednn_pays())
+    folder = compilation.cache() / "upslope" / "programs"
+    place = None if key is None else folder / key
+    program = None if place is None or not place.exists() else _load_kept(place)
+    new = program is None
+    if program is None:
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(caching_allocator.library, build=True)  # a second of a compiler
             program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
-    caching_allocator.install()
+    caching_allocator.install(build=new)
     if place is not None and kept is not None:
         kept()
     return program

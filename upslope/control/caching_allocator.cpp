@@ -2,25 +2,30 @@
 //
 // PyTorch asks the C library for memory at a multiple of 64 bytes. glibc finds a larger block, cuts it and frees the
 // rest, which costs as much as the arithmetic of a small network. Here a block has one of 11 sizes, 64 bytes to 64 KiB;
-// each thread keeps what it frees, up to 1 MiB of each size.
+// each thread keeps what it frees, up to 1 MiB of each size. Every block is one of the C library's, so that it does not
+// matter whether a tensor's memory came from here or is freed here. PyTorch's memory profiler does not see this.
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#ifdef __APPLE__
+#include <malloc/malloc.h>
+#else
+#include <malloc.h>
+#endif
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <new>
 
 namespace {
 
 constexpr size_t ALIGNMENT = 64, MOST_KEPT = size_t{1} << 20;  // bytes
 constexpr size_t SIZES = 11;
 
-struct alignas(ALIGNMENT) Block {  // what stands before a tensor's memory
+struct Block {
   Block* next;
-  size_t size;  // its index; SIZES: larger than those, not kept
 };
 
-// Without destructors, for a tensor may be freed after them.
+// A tensor may be freed when a thread's destructors have run: these have none.
 thread_local Block* kept[SIZES];
 thread_local size_t count[SIZES];
 thread_local bool over;
@@ -38,36 +43,45 @@ struct AtTheEnd {
   }
 };
 
+size_t room(void* data) {
+#ifdef __APPLE__
+  return malloc_size(data);
+#else
+  return malloc_usable_size(data);
+#endif
+}
+
 void release(void* data) {
   if (data == nullptr) return;
-  Block* block = static_cast<Block*>(data) - 1;
-  const size_t size = block->size;
-  if (size == SIZES || over || (count[size] + 1) * (ALIGNMENT << size) > MOST_KEPT) {
-    c10::free_cpu(block);
+  const size_t bytes = room(data), size = std::bit_width(bytes / ALIGNMENT) - size_t{1};  // the largest that it holds
+  const bool ours = size < SIZES && bytes - (ALIGNMENT << size) < ALIGNMENT &&
+                    reinterpret_cast<std::uintptr_t>(data) % ALIGNMENT == 0;  // or might be
+  if (over || !ours || (count[size] + 1) * (ALIGNMENT << size) > MOST_KEPT) {
+    c10::free_cpu(data);
     return;
   }
-  block->next = kept[size];
-  kept[size] = block;
+  if (kept[size] == nullptr) {
+    thread_local AtTheEnd at_the_end;
+    (void)at_the_end;
+  }
+  kept[size] = new (data) Block{kept[size]};
   ++count[size];
 }
 
 struct CachingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    const c10::Device cpu(c10::DeviceType::CPU);
-    if (bytes == 0) return {nullptr, nullptr, &release, cpu};
-    const size_t size = std::min<size_t>(SIZES, std::bit_width((bytes - 1) / ALIGNMENT));
-    Block* block = size < SIZES ? kept[size] : nullptr;
-    if (block != nullptr) {
-      kept[size] = block->next;
-      --count[size];
+    const size_t size = bytes == 0 ? SIZES : std::bit_width((bytes - 1) / ALIGNMENT);
+    void* data;
+    if (size >= SIZES) {
+      data = c10::alloc_cpu(bytes);
+    } else if (kept[size] == nullptr) {
+      data = c10::alloc_cpu(ALIGNMENT << size);
     } else {
-      thread_local AtTheEnd at_the_end;
-      (void)at_the_end;
-      block = static_cast<Block*>(c10::alloc_cpu(sizeof(Block) + (size < SIZES ? ALIGNMENT << size : bytes)));
-      block->size = size;
+      data = kept[size];
+      kept[size] = kept[size]->next;
+      --count[size];
     }
-    void* data = block + 1;
-    return {data, data, &release, cpu};
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -82,7 +96,7 @@ extern "C" void install() {
   c10::SetCPUAllocator(&allocator, 1);
 }
 
-// Bytes that this thread keeps.
+// Bytes that this thread keeps, without what the C library adds to them.
 extern "C" std::uint64_t kept_bytes() {
   std::uint64_t bytes = 0;
   for (size_t size = 0; size < SIZES; ++size) bytes += count[size] * (ALIGNMENT << size);

@@ -12,17 +12,17 @@ SOURCE = Path(__file__).with_name("caching_allocator.cpp")
 FLAGS = ("-O2", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
 
 
-def library() -> ctypes.CDLL | None:
-    """Its functions, compiled; None where that does not work."""
+def library(build: bool) -> ctypes.CDLL | None:
+    """Its functions; None where it cannot be compiled, or is not yet and `build` is False."""
     torch_home = Path(torch.__file__).parent
     found = (f"-I{torch_home / 'include'}", f"-L{torch_home / 'lib'}", "-lc10")
-    return native.library(SOURCE, (*FLAGS, *found), torch.__version__)
+    return native.library(SOURCE, (*FLAGS, *found), torch.__version__, build)
 
 
 @functools.cache
-def install() -> bool:
-    """Let all tensors of this process take their memory there from now on; False where it could not be compiled."""
-    functions = library()
+def install(build: bool) -> bool:
+    """Let tensors of this process take their memory there from now on; False where there is no library."""
+    functions = library(build)
     if functions is not None:
         functions.install()
     return functions is not None

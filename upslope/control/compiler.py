@@ -86,11 +86,11 @@ def hurried() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lending() -> Iterator[None]:
-    """Within it a loop's condition and body are lent the tensors that they take.
+    """Within it a loop's condition and body, as all parts of a program, are lent the tensors that they take.
 
     By itself Inductor makes another handle of each tensor for each of the two at every turn: an eighth of PPO's program
-    with four tensor CartPoles. No result is a view of what was taken, PyTorch refuses such loops; one that is what was
-    taken in another place would not compile.
+    with four tensor CartPoles. PyTorch refuses loops with a result that is a view of what was taken; one that is
+    a taken tensor in another place than its own would be an error of the C++ compiler.
     """
     from torch._inductor import ir
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -114,7 +114,7 @@ def _lending() -> Iterator[None]:
         lent = list(zip(subgraph.graph.graph_inputs, given, strict=True))
         for out, place in zip(subgraph.graph.graph_outputs, taken, strict=True):
             value = out.codegen_reference()
-            if (value, place) not in lent:  # else it was written into
+            if (value, place) not in lent:  # what was written into stays where it is
                 number = isinstance(out, ir.ShapeAsConstantBuffer)
                 self.writeline(f"{place} = {value};" if number else f"{place} = std::move({value});")
 

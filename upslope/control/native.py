@@ -19,13 +19,14 @@ SHARED = ("-shared", "-fPIC")
 
 
 @functools.cache
-def library(source: Path, flags: tuple[str, ...], version: str = "") -> ctypes.CDLL | None:
+def library(source: Path, flags: tuple[str, ...], version: str = "", build: bool = True) -> ctypes.CDLL | None:
     """A file's functions, by $CXX or the first of c++, g++ and clang++; None, and the reason logged, without them.
 
     Args:
         source: the file.
         flags: the compiler's.
         version: of what it is compiled against.
+        build: is it compiled where it is not yet?
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -35,6 +36,8 @@ def library(source: Path, flags: tuple[str, ...], version: str = "") -> ctypes.C
     target = compilation.cache() / "upslope" / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     try:
         if not target.exists():
+            if not build:
+                return None
             _build([compiler, str(source), *SHARED, *flags], target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
