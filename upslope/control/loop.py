@@ -17,8 +17,9 @@ def loop(
 ) -> tuple[Carry, tuple[Tensor, ...]]:
     """`carry, outs = step(carry, input)` for each input; the last carry, and each out of all steps stacked.
 
-    Inside a compiled program the step sees copies, so that it may write in place as it may outside. Outside it may
-    return None: the loop is over, and what this step did does not count. Without outs it is a `fold`.
+    Inside a compiled program the step sees copies, so that it may write in place as it may outside; not into what it
+    gave as an out. Outside it may return None: the loop is over, and what this step did does not count. Without outs it
+    is a `fold`.
 
     >>> loop(lambda total, x: (total + x, (total * x,)), torch.tensor(0), torch.tensor([1, 2, 3]))
     (tensor(6), (tensor([0, 2, 9]),))
