@@ -156,6 +156,7 @@ def test_a_second_process_needs_neither_tracer_nor_compiler(tmp_path: Path) -> N
         said.append(run_python(code, tmp_path / "cache").split())
     assert said == [["True", "True"], ["False", "False"]]
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
+    assert len(list((tmp_path / "cache" / "upslope").glob("caching_allocator-*.so"))) == 1
 
 
 @pytest.mark.slow

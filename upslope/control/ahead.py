@@ -12,11 +12,11 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import types
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,12 +130,13 @@ def _load_or_make(
     folder = compilation.cache() / "upslope" / "programs"
     place = None if key is None else folder / key
     program = None if place is None or not place.exists() else _load_kept(place)
-    new = program is None
-    if program is None:
-        with ThreadPoolExecutor(1) as beside:
-            beside.submit(caching_allocator.library, build=True)  # a second of a compiler
-            program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
-    caching_allocator.install(build=new)
+    if program is not None:
+        caching_allocator.install(False)
+    else:
+        program, place = _make_in(folder, place, function, inputs, leaves, loops, often)
+        threading.Thread(
+            target=caching_allocator.install, args=(True,)
+        ).start()  # seconds of a compiler, the first time
     if place is not None and kept is not None:
         kept()
     return program
