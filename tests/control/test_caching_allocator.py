@@ -174,9 +174,8 @@ def test_without_a_compiler_or_where_none_is_wanted_it_is_pytorchs(tmp_path: Pat
     assert run(code.replace("True", "False"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) == "False tensor(3.)\n"
 
 
+@COMPILER
 def test_two_sources_or_versions_are_two_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     source = tmp_path / "one.cpp"
     native.library.cache_clear()

@@ -1,7 +1,7 @@
 // PyTorch's memory for tensors on the CPU, with small blocks kept for the next tensor of their size.
 //
 // PyTorch asks the C library for memory at a multiple of 64 bytes. glibc finds a larger block, cuts it and frees the
-// rest, which costs as much as the arithmetic of a small network. Here a block has one of 11 sizes, 64 bytes to 64 KiB;
+// rest, which takes nearly as long as a small network's products. Here a block has one of 11 sizes, 64 bytes to 64 KiB;
 // each thread keeps what it frees, up to 1 MiB of each size. Every block is one of the C library's, so that it does not
 // matter whether a tensor's memory came from here or is freed here. PyTorch's memory profiler does not see this.
 #include <c10/core/CPUAllocator.h>

@@ -46,7 +46,7 @@ def hurried() -> Iterator[None]:
 
     Of its dry runs, which find out what instructions the compiler knows, those about AMX are left: any compiler with
     C++20 knows the instructions that the others are about. A gradient's parts are computed in the gradient, not copied
-    into it.
+    into it, and loops are lent what they take.
 
     Raises, when something is linked:
         torch._inductor.exc.CppCompileError: an object file could not be compiled.
